@@ -1,0 +1,1 @@
+"""Data to train flows on. Every module is a ``datasets.base.DataModule``."""

@@ -1,0 +1,123 @@
+"""What every data module here offers to training, and batches that a resumed run can repeat."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+__all__ = ["Batches", "DataModule", "EpochLoader", "seeded_generator"]
+
+
+def seeded_generator(*seeds: int) -> torch.Generator:
+    """A CPU generator for the tuple of seeds; different tuples give unrelated streams."""
+    state = 0
+    for seed in seeds:
+        # splitmix64's finalizer: neighbouring seeds must not give neighbouring states.
+        state = (state + seed + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state - 2**63)
+
+
+class EpochLoader(ABC):
+    """An iterable of batches ``(inputs, ...)`` that depends on the epoch it is told.
+
+    Lightning announces the epoch through ``loader.sampler.set_epoch`` and asks every loader
+    that has a sampler for its batch sampler.
+    """
+
+    batch_sampler = None
+    epoch = 0
+
+    @property
+    def sampler(self) -> "EpochLoader":
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
+
+
+class Batches(EpochLoader):
+    """Slices of tensors in memory, in an order that depends on ``(seed, epoch)`` alone.
+
+    So a resumed run sees the batches that the uninterrupted one would have seen.
+
+    Args:
+        tensors: Tensors of the same length; a batch is a tuple with a slice of each.
+        batch_size: Rows per batch; the last one may be smaller.
+        shuffle: Draw a new order every epoch.
+        seed: Seed of the orders.
+    """
+
+    def __init__(
+        self, *tensors: Tensor, batch_size: int, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if len({len(tensor) for tensor in tensors}) != 1:
+            raise ValueError(
+                f"tensors must have one length, got {[len(tensor) for tensor in tensors]}."
+            )
+        self.tensors = tensors
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors[0]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        rows = len(self.tensors[0])
+        order = torch.arange(rows)
+        if self.shuffle:
+            order = torch.randperm(rows, generator=seeded_generator(self.seed, self.epoch))
+        for chosen in order.split(self.batch_size):
+            yield tuple(tensor[chosen] for tensor in self.tensors)
+
+
+class DataModule(LightningDataModule):
+    """Tensors split into train, val and test, and what training needs to know of them.
+
+    A subclass sets ``shape`` and, where they exist, ``density`` and ``grey_levels``,
+    and fills ``splits`` in ``setup``.
+
+    Attributes:
+        shape: Shape of one sample.
+        density: The law of the data, if known, with ``log_prob``; training then logs val/kl.
+        grey_levels: For images, the number L of grey levels: pixels are ``k / L``,
+            k = 0 ... L-1, the lower edges of bins in [0, 1); training then logs bits/dim.
+        splits: ``"train"``, ``"val"``, ``"test"`` to a tuple of tensors, inputs first,
+            context (if any) second.
+    """
+
+    shape: tuple[int, ...]
+    density = None
+    grey_levels: int | None = None
+
+    def __init__(self, *, batch_size: int, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.splits: dict[str, tuple[Tensor, ...]] = {}
+
+    def train_dataloader(self) -> EpochLoader:
+        return Batches(
+            *self.splits["train"], batch_size=self.batch_size, shuffle=True, seed=self.seed
+        )
+
+    def val_dataloader(self) -> Batches:
+        return Batches(*self.splits["val"], batch_size=1000)
+
+    def test_dataloader(self) -> Batches:
+        return Batches(*self.splits["test"], batch_size=1000)

@@ -1,0 +1,197 @@
+"""A flow is a transform and a base distribution; and how to get a trained one back."""
+
+import importlib
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flows.transforms.base import Transform
+
+__all__ = ["Flow", "load", "read_checkpoint"]
+
+
+class Flow(nn.Module):
+    r"""Density of inputs x whose noise :math:`z = f(x)` has a known law.
+
+    :math:`\log p(x) = \log p_z(f(x)) + \log |\det \partial f / \partial x|`, in nats.
+    Calling the flow is ``log_prob``, so that wrappers such as DDP and ``torch.compile`` work.
+
+    Args:
+        transform: f, from data to noise.
+        distribution: Law of the noise, with ``log_prob(inputs, context)`` and
+            ``sample(num_samples, context)``; ours or nflows'.
+        embedding_net: Applied to every context first; None leaves it as it is.
+
+    Shape:
+        inputs (batch, ...), context (batch, ...) to log_prob (batch,)
+    """
+
+    def __init__(
+        self, transform: Transform, distribution: nn.Module, embedding_net: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.distribution = distribution
+        self.embedding_net = nn.Identity() if embedding_net is None else embedding_net
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.log_prob(inputs, context)
+
+    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log density of each row in nats, shape (batch,)."""
+        if context is not None and len(context) != len(inputs):
+            raise ValueError(
+                f"context must have a row per input, got {len(context)} for {len(inputs)}."
+            )
+        context = self._embed(context)
+        noise, logabsdet = self.transform(inputs, context)
+        return self.distribution.log_prob(noise, context) + logabsdet
+
+    def sample(
+        self, num_samples: int, context: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Samples (num_samples, ...); with context (rows of context, num_samples, ...).
+
+        ``temperature`` multiplies the standard deviation of the noise.
+        """
+        return self._sample(num_samples, context, temperature)[0]
+
+    def sample_and_log_prob(
+        self, num_samples: int, context: Tensor | None = None, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`sample`, with the log density of each sample under the flow itself.
+
+        The log density is the flow's own, at temperature 1, whatever the temperature of the
+        samples.
+        """
+        samples, noise, logabsdet, context = self._sample(num_samples, context, temperature)
+        log_prob = self.distribution.log_prob(noise, context) - logabsdet
+        return samples, log_prob.view(samples.shape[:1] if context is None else (-1, num_samples))
+
+    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """The noise f(inputs)."""
+        return self.transform(inputs, self._embed(context))[0]
+
+    def _embed(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else self.embedding_net(context)
+
+    def _sample(
+        self, num_samples: int, context: Tensor | None, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Samples in their final shape; noise, logabsdet and context in rows."""
+        if num_samples < 0 or not temperature >= 0:
+            raise ValueError(
+                "num_samples and temperature must not be negative, "
+                f"got {num_samples} and {temperature}."
+            )
+        context = self._embed(context)
+        # Distributions of other libraries know no temperature.
+        options = {} if temperature == 1.0 else {"temperature": temperature}
+        noise = self.distribution.sample(num_samples, context, **options)
+        if context is None:
+            samples, logabsdet = self.transform.inverse(noise)
+            return samples, noise, logabsdet, None
+        rows = len(context)
+        noise = noise.flatten(0, 1)
+        context = context.repeat_interleave(num_samples, dim=0)
+        samples, logabsdet = self.transform.inverse(noise, context)
+        return samples.unflatten(0, (rows, num_samples)), noise, logabsdet, context
+
+
+def load(path: str | Path, flow: Flow | None = None) -> Flow:
+    """A trained flow in eval mode, from a run folder or a checkpoint; neither data nor Lightning.
+
+    Args:
+        path: A run folder (its best checkpoint is taken, else its last) or a checkpoint.
+        flow: An untrained flow of the same architecture to load the weights into. Needed
+            only for checkpoints that do not come from ``train.py``, or whose flow is not
+            made of parts of this library.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If it is damaged, or belongs to another architecture.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in ("best.ckpt", "last.ckpt") if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"expected best.ckpt or last.ckpt in {path}, found neither.")
+        path = found[0]
+    checkpoint = read_checkpoint(path)
+    if flow is None:
+        config = checkpoint.get("flow_config")
+        if config is None:
+            raise ValueError(
+                f"{path} does not say how its flow was built: pass one, load(path, flow)."
+            )
+        flow = _build(config)
+        if not isinstance(flow, Flow):
+            raise ValueError(f"{path} must describe a Flow, got {type(flow).__name__}.")
+    prefix = "flow."
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    try:
+        flow.load_state_dict(weights)
+    except RuntimeError as error:
+        reasons = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit this flow: {reasons[:400]}") from None
+    return flow.eval()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a training checkpoint on the CPU; runs no code that it may carry.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no readable checkpoint.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint, found no file {path}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{path} is not a readable checkpoint (truncated, or no checkpoint at all): {reason}"
+        ) from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{path} is no training checkpoint: it holds no state_dict.")
+    return checkpoint
+
+
+def _build(config: Any) -> Any:
+    """Objects from nested {class_path, init_args}, as training configs write them.
+
+    Only names inside this library are followed, so that a checkpoint from a stranger can
+    build nothing else.
+    """
+    if isinstance(config, list | tuple):
+        return [_build(item) for item in config]
+    if not (isinstance(config, Mapping) and "class_path" in config):
+        return config
+    name = str(config["class_path"])
+    module_name, _, class_name = name.rpartition(".")
+    if module_name != "flows" and not module_name.startswith("flows."):
+        raise ValueError(
+            f"a checkpoint may name only classes of flows, got {name}: build the flow "
+            "yourself and pass it, load(path, flow)."
+        )
+    try:
+        target = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"this version of flows has no {name}.") from None
+    if not (isinstance(target, type) and issubclass(target, nn.Module)):
+        raise ValueError(f"expected the name of a layer or flow, got {name}.")
+    arguments = {key: _build(value) for key, value in (config.get("init_args") or {}).items()}
+    return target(**arguments)

@@ -1,0 +1,291 @@
+"""Which planes turn in which round: schedules are data, made of integers only.
+
+A schedule lists planes (i, j), i < j, grouped into rounds of disjoint planes. It is to
+rotations what a Butcher tableau is to an ODE solver: everything else reads it.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Schedule",
+    "butterfly",
+    "cosine_sine",
+    "crossing",
+    "hurwitz",
+    "odd_even",
+    "round_robin",
+]
+
+
+class Schedule:
+    """Rounds of disjoint planes in order of application; immutable.
+
+    Two schedules are equal when they were made alike: the name tells constructor, size and
+    restrictions, such as ``crossing(8).frame(3)``. A hand-made schedule is named by a hash.
+
+    Args:
+        dim: Number of axes, at least 2.
+        rounds: For each round its planes (i, j), 0 <= i < j < dim, no axis twice in a round.
+
+    Attributes:
+        dim: Number of axes.
+        planes: All planes, first round first; int64, shape (num_angles, 2).
+        round_sizes: Number of planes in each round.
+        name: How the schedule was made.
+    """
+
+    def __init__(self, dim: int, rounds: Iterable[Iterable[tuple[int, int]]]) -> None:
+        _check_dim(dim)
+        rounds = [[(int(i), int(j)) for i, j in planes] for planes in rounds]
+        for index, planes in enumerate(rounds):
+            seen: set[int] = set()
+            for i, j in planes:
+                if not 0 <= i < j < dim:
+                    raise ValueError(
+                        f"planes must be (i, j) with 0 <= i < j < {dim}, "
+                        f"got ({i}, {j}) in round {index}."
+                    )
+                if i in seen or j in seen:
+                    raise ValueError(
+                        f"planes of one round must be disjoint, got {planes} in round {index}."
+                    )
+                seen |= {i, j}
+        sizes = [len(planes) for planes in rounds if planes]
+        flat = np.array([plane for planes in rounds for plane in planes], np.int64).reshape(-1, 2)
+        digest = hashlib.sha256(repr((sizes, flat.tolist())).encode()).hexdigest()[:16]
+        self._fill(dim, flat, sizes, f"Schedule({dim}, {digest})")
+
+    def _fill(self, dim: int, planes: np.ndarray, sizes: Sequence[int], name: str) -> None:
+        if len(planes) == 0:
+            raise ValueError(f"a schedule must keep at least one plane, {name} keeps none.")
+        self.dim = dim
+        self.planes = torch.from_numpy(np.ascontiguousarray(planes, np.int64))
+        self.round_sizes = tuple(int(size) for size in sizes)
+        self.name = name
+
+    @classmethod
+    def _from_rounds(cls, dim: int, planes: np.ndarray, rounds: np.ndarray, name: str):
+        """Planes with the round of each, sorted by round; gaps between round numbers close."""
+        order = np.argsort(rounds, kind="stable")
+        sizes = np.bincount(rounds) if len(rounds) else np.array([], int)
+        schedule = cls.__new__(cls)
+        schedule._fill(dim, planes[order], sizes[sizes > 0], name)
+        return schedule
+
+    @property
+    def num_angles(self) -> int:
+        """Number of planes, hence of angles."""
+        return len(self.planes)
+
+    @cached_property
+    def rounds(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The planes of each round as pairs of integers."""
+        planes = iter(map(tuple, self.planes.tolist()))
+        return tuple(tuple(next(planes) for _ in range(size)) for size in self.round_sizes)
+
+    @cached_property
+    def round_of_plane(self) -> Tensor:
+        """Round of each plane; int64, shape (num_angles,)."""
+        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.round_sizes))
+
+    def __len__(self) -> int:
+        return len(self.round_sizes)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __deepcopy__(self, memo: dict) -> "Schedule":
+        return self
+
+    def frame(self, m: int) -> "Schedule":
+        """Without planes whose two axes are both >= m: dim St(dim, m) angles remain.
+
+        The first m columns of the matrix are then an orthonormal frame; see README.md for
+        which schedules reach every frame.
+        """
+        _check_range("m", m, 1, self.dim)
+        return self._keep(lambda i, j: i < m, f"frame({m})")
+
+    def between(self, a: Collection[int], b: Collection[int]) -> "Schedule":
+        """Only planes joining an axis of ``a`` with one of ``b``, two disjoint index sets."""
+        a, b = sorted(set(a)), sorted(set(b))
+        if set(a) & set(b) or not set(a + b) <= set(range(self.dim)):
+            raise ValueError(
+                f"a and b must be disjoint sets of axes below {self.dim}, got {a} and {b}."
+            )
+        side = np.zeros(self.dim, int)
+        side[a], side[b] = 1, -1
+        return self._keep(lambda i, j: side[i] * side[j] == -1, f"between({a}, {b})")
+
+    def blocks(self, size: int) -> "Schedule":
+        """Only planes inside consecutive blocks of ``size`` axes: a block-diagonal matrix."""
+        _check_range("size", size, 2, self.dim)
+        return self._keep(lambda i, j: i // size == j // size, f"blocks({size})")
+
+    def banded(self, width: int) -> "Schedule":
+        """Only planes with j - i <= width."""
+        _check_range("width", width, 1, self.dim - 1)
+        return self._keep(lambda i, j: j - i <= width, f"banded({width})")
+
+    def first_rounds(self, k: int) -> "Schedule":
+        """Only the first k rounds."""
+        _check_range("k", k, 1, len(self))
+        kept = sum(self.round_sizes[:k])
+        mask = np.arange(self.num_angles) < kept
+        return self._keep(lambda i, j: mask, f"first_rounds({k})")
+
+    def _keep(self, rule: Callable[..., np.ndarray], step: str) -> "Schedule":
+        planes = self.planes.numpy()
+        kept = rule(planes[:, 0], planes[:, 1])
+        rounds = self.round_of_plane.numpy()
+        return self._from_rounds(self.dim, planes[kept], rounds[kept], f"{self.name}.{step}")
+
+
+def _check_dim(n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 2:
+        raise ValueError(f"a schedule needs an integer dimension of at least 2, got {n!r}.")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+
+
+def _constructor(build: Callable[[int], tuple[np.ndarray, np.ndarray]]):
+    """From n -> (planes, round of each) to n -> Schedule, remembered for recent n."""
+
+    @lru_cache(maxsize=32)
+    def make(n: int) -> Schedule:
+        _check_dim(n)
+        return Schedule._from_rounds(n, *build(n), f"{build.__name__}({n})")
+
+    make.__name__ = make.__qualname__ = build.__name__
+    make.__doc__ = build.__doc__
+    make.__module__ = build.__module__
+    return make
+
+
+def _sorted_planes(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    return np.stack([np.minimum(i, j).ravel(), np.maximum(i, j).ravel()], axis=1)
+
+
+@_constructor
+def round_robin(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Circle method (Hamze 2021, arXiv 2106.00003): n-1 rounds for even n, n for odd n.
+
+    Every plane once. For odd n the fixed seat rests, which makes the schedule onto SO(n).
+    """
+    seats = n - 1 if n % 2 == 0 else n
+    r, k = np.meshgrid(np.arange(seats), np.arange(1, (seats + 1) // 2), indexing="ij")
+    i, j, rounds = (r + k) % seats, (r - k) % seats, r
+    if n % 2 == 0:
+        fixed = np.arange(seats)
+        i = np.concatenate([fixed, i.ravel()])
+        j = np.concatenate([np.full(seats, n - 1), j.ravel()])
+        rounds = np.concatenate([fixed, r.ravel()])
+    return _sorted_planes(i, j), rounds.ravel()
+
+
+@_constructor
+def odd_even(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Brick wall of n rounds with each swap of wires folded into its rotation.
+
+    Every plane once, onto SO(n); the real Clements mesh (arXiv 1603.08788).
+    """
+    wires = np.arange(n)
+    planes, rounds = [], []
+    for r in range(n):
+        left = np.arange(r % 2, n - 1, 2)
+        planes.append(_sorted_planes(wires[left], wires[left + 1]))
+        rounds.append(np.full(len(left), r))
+        wires[left], wires[left + 1] = wires[left + 1], wires[left].copy()
+    return np.concatenate(planes), np.concatenate(rounds)
+
+
+@_constructor
+def crossing(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Recursive crossing of halves, T(n) = X(A, B) (T(A) + T(B)): about 2n rounds.
+
+    Every plane once, onto SO(n), isometric at angle zero, and buildable by batched products.
+    The planes (a, b) of X(A, B) meet in wavefronts: for a fixed a the b ascend, for a fixed
+    b the a descend, which is the recursion of README.md written as rounds.
+    """
+
+    def build(size: int) -> tuple[np.ndarray, np.ndarray, int]:
+        if size == 1:
+            return np.empty((0, 2), np.int64), np.empty(0, np.int64), 0
+        half = size // 2
+        planes_a, rounds_a, depth_a = remembered(half)
+        planes_b, rounds_b, depth_b = remembered(size - half)
+        depth = max(depth_a, depth_b)
+        a, b = np.meshgrid(np.arange(half), np.arange(size - half), indexing="ij")
+        planes = np.concatenate([planes_a, planes_b + half, _sorted_planes(a, b + half)])
+        rounds = np.concatenate([rounds_a, rounds_b, (depth + half - 1 - a + b).ravel()])
+        return planes, rounds, depth + size - 1
+
+    remembered = lru_cache(build)
+    return remembered(n)[:2]
+
+
+@_constructor
+def cosine_sine(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Recursive cosine-sine decomposition: n-1 rounds for n a power of two.
+
+    Planes repeat, their number is still n(n-1)/2. Onto SO(n); degenerate when all angles are
+    zero, so start it from random angles. Right factors first, then the planes (k, p + k),
+    then the left factors, p = ceil(n/2).
+    """
+
+    def build(size: int) -> tuple[np.ndarray, np.ndarray, int]:
+        if size == 1:
+            return np.empty((0, 2), np.int64), np.empty(0, np.int64), 0
+        p = (size + 1) // 2
+        planes_1, rounds_1, depth = remembered(p)
+        planes_2, rounds_2, _ = remembered(size - p)
+        sides = np.concatenate([planes_1, planes_2 + p])
+        side_rounds = np.concatenate([rounds_1, rounds_2])
+        k = np.arange(size - p)
+        planes = np.concatenate([sides, _sorted_planes(k, p + k), sides])
+        rounds = np.concatenate([side_rounds, np.full(len(k), depth), side_rounds + depth + 1])
+        return planes, rounds, 2 * depth + 1
+
+    remembered = lru_cache(build)
+    return remembered(n)[:2]
+
+
+@_constructor
+def hurwitz(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """QR order, last columns first, packed into 2n-3 rounds.
+
+    Every plane once, onto SO(n); ``frame(m)`` reaches every frame for every m.
+    """
+    i, j = np.triu_indices(n, 1)
+    return _sorted_planes(i, j), 2 * n - 3 - i - j
+
+
+@_constructor
+def butterfly(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """FFT pattern: round k joins axes that differ in bit k; ceil(log2 n) rounds.
+
+    (n/2) log2 n planes for n a power of two; for other n the pairs that exist. Not onto.
+    """
+    axes = np.arange(n)
+    planes, rounds = [], []
+    for k in range((n - 1).bit_length()):
+        first = axes[(axes >> k) % 2 == 0]
+        first = first[first + 2**k < n]
+        planes.append(_sorted_planes(first, first + 2**k))
+        rounds.append(np.full(len(first), k))
+    return np.concatenate(planes), np.concatenate(rounds)

@@ -1,0 +1,60 @@
+"""Fully connected conditioner."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """Residual multilayer perceptron whose outputs start at zero.
+
+    Zero outputs make a coupling layer start as the identity.
+
+    Args:
+        in_features: Size of the inputs.
+        out_features: Size of the outputs.
+        hidden_features: Width.
+        blocks: Residual blocks of one hidden layer each.
+        context_features: Size of the context, concatenated to the inputs; 0 for none.
+        dropout: Dropout in every block.
+
+    Shape:
+        inputs (batch, in_features) to outputs (batch, out_features)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden_features: int = 64,
+        blocks: int = 2,
+        context_features: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.context_features = context_features
+        self.first = nn.Linear(in_features + context_features, hidden_features)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden_features, hidden_features)
+            )
+            for _ in range(blocks)
+        )
+        self.last = nn.Linear(hidden_features, out_features)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.context_features:
+            if context is None or context.shape[-1] != self.context_features:
+                came = None if context is None else tuple(context.shape)
+                raise ValueError(
+                    f"context must have {self.context_features} features, got {came}."
+                )
+            inputs = torch.cat([inputs, context], dim=-1)
+        hidden = self.first(inputs)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(nn.functional.silu(hidden))

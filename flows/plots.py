@@ -1,0 +1,127 @@
+"""Pictures of densities, samples and training; needs matplotlib, so import it by name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from flows.flow import Flow
+
+__all__ = ["density", "history", "image_grid", "points", "samples", "save"]
+
+COLORS = "magma"
+
+
+class Density(Protocol):
+    """A two-dimensional law that training data come from."""
+
+    extent: tuple[float, float, float, float]
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int = 200) -> Figure:
+    """Data and samples above, true and learned density below, on the same scales."""
+    left, right, bottom, top = truth.extent
+    xs = torch.linspace(left, right, pixels)
+    ys = torch.linspace(bottom, top, pixels)
+    grid = torch.cartesian_prod(ys, xs).flip(1)
+    reference = next(flow.parameters())
+    true = truth.log_prob(grid).exp().view(pixels, pixels)
+    learned = flow.log_prob(grid.to(reference)).exp().view(pixels, pixels)
+    figure = Figure(figsize=(8, 8.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    clouds = {"data": truth.sample(num_samples), "samples": flow.sample(num_samples)}
+    for axis, (title, values) in zip(axes[0], clouds.items(), strict=True):
+        points(axis, values, title)
+    for axis, (title, values) in zip(
+        axes[1], {"true density": true, "learned density": learned}.items(), strict=True
+    ):
+        image = axis.imshow(
+            values.cpu(),
+            origin="lower",
+            extent=truth.extent,
+            cmap=COLORS,
+            vmin=0,
+            vmax=float(true.max()),
+        )
+        axis.set_title(title)
+    figure.colorbar(image, ax=axes[1], shrink=0.8, label="density")
+    for axis in axes.flat:
+        axis.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+    return figure
+
+
+def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> None:
+    """Images (n, channels, height, width) in [0, 1] as a grid with thin gaps."""
+    rows = -(-len(images) // columns)
+    _, channels, height, width = images.shape
+    canvas = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, image in enumerate(images.clamp(0, 1).cpu()):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        canvas[:, top : top + height, left : left + width] = image
+    canvas = canvas.movedim(0, -1).squeeze(-1)
+    axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(title)
+    axis.set_axis_off()
+
+
+def samples(
+    drawn: Tensor, real: Tensor | None = None, *, grey_levels: int | None = None
+) -> Figure:
+    """Samples, beside real data if given: images as grids, two-dimensional vectors as points.
+
+    ``grey_levels`` is L where pixels are the lower edges k / L of bins.
+    """
+    panels = {"samples": drawn} if real is None else {"data": real, "samples": drawn}
+    figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    # The brightest pixel is (L - 1) / L.
+    scale = 1.0 if grey_levels is None else grey_levels / (grey_levels - 1)
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        if values.ndim == 4:
+            image_grid(axis, values * scale, title)
+        else:
+            points(axis, values, title)
+    return figure
+
+
+def points(axis: Axes, values: Tensor, title: str) -> None:
+    """Two-dimensional points, shape (n, 2)."""
+    x, y = values.cpu().unbind(1)
+    axis.scatter(x, y, s=1.5, alpha=0.5, color="#3b0f70", linewidths=0)
+    axis.set(title=title, aspect="equal")
+
+
+def history(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss per epoch, training and validation, and the most telling validation metric."""
+    metrics = [name for name in ("val/kl", "val/bits_per_dim") if any(name in row for row in rows)]
+    labels = {"val/kl": "KL to the truth, nats", "val/bits_per_dim": "bits per dimension"}
+    figure = Figure(figsize=(4.5 * (1 + len(metrics)), 3.4), layout="constrained")
+    axes = figure.subplots(1, 1 + len(metrics), squeeze=False)[0]
+    for name in ("train/nll", "val/nll"):
+        points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+        axes[0].plot(*zip(*points, strict=True), label=name.split("/")[0])
+    axes[0].set(xlabel="epoch", ylabel="negative log-likelihood, nats")
+    axes[0].legend(frameon=False)
+    for axis, name in zip(axes[1:], metrics, strict=True):
+        points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points, strict=True), color="C1")
+        axis.set(xlabel="epoch", ylabel=f"{labels[name]} (validation)")
+        if name == "val/kl" and min(value for _, value in points) > 0:
+            axis.set_yscale("log")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

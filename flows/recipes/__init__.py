@@ -1,0 +1,6 @@
+"""Whole models, composed of the layers of this library."""
+
+from flows.recipes.glow import Glow
+from flows.recipes.rotation_spline import RotationSplineFlow
+
+__all__ = ["Glow", "RotationSplineFlow"]

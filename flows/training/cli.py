@@ -1,0 +1,224 @@
+"""LightningCLI that keeps every run in a folder of its own and answers mistakes in one line."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from flows.flow import read_checkpoint
+from flows.training.callbacks import EpochSeed, Recorder
+from flows.training.module import DensityEstimator
+from flows.training.run import finish, new_folder
+
+__all__ = ["RunCLI", "one_line_errors"]
+
+
+class RunCLI(LightningCLI):
+    """Model, data and trainer from a config, and the folder ``<root>/<experiment>/<time>``.
+
+    The root is ``--trainer.default_root_dir``, ``runs`` if none is given; the experiment is
+    the name of the config file. With ``--ckpt_path`` the config, unless another one is given,
+    and the folder are those of the checkpoint.
+
+    Args:
+        args: Command line, without the subcommand.
+        default_config: Config used if the command line names neither config nor checkpoint.
+            None makes ``--ckpt_path`` required.
+    """
+
+    def __init__(self, args: list[str], *, default_config: str | None = None) -> None:
+        _quiet()
+        self.resumed_from = _checkpoint_path(args)
+        if self.resumed_from is None and default_config is None and not _asks_for_help(args):
+            raise ValueError("expected --ckpt_path PATH, the checkpoint to use, got none.")
+        if not any(re.match(r"(-c|--config)(=|$)", arg) for arg in args):
+            args = ["--config", self._config_beside(self.resumed_from, default_config), *args]
+        super().__init__(
+            DensityEstimator,
+            LightningDataModule,
+            subclass_mode_data=True,
+            run=False,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+            trainer_defaults={
+                "logger": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    @staticmethod
+    def _config_beside(checkpoint: Path | None, default: str | None) -> str:
+        if checkpoint is None:
+            return default or ""
+        config = checkpoint.parent / "config.yaml"
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"expected the run's config beside {checkpoint}, found no {config}; "
+                "name one with --config."
+            )
+        return str(config)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--ckpt_path", type=str | None, help="Checkpoint to resume from, or to test."
+        )
+        parser.add_argument(
+            "--threads", type=PositiveInt | None, help="CPU threads; one is best for small flows."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        if self.resumed_from is not None:
+            self.experiment = self.resumed_from.parent.parent.name
+            self.folder = self.resumed_from.parent
+            _check_architecture(self.resumed_from, self._flow_config)
+        else:
+            self.experiment = Path(str(self.config.config[-1])).stem
+            root = self.config.trainer.default_root_dir or "runs"
+            self.folder = new_folder(root, self.experiment)
+
+    @property
+    def _flow_config(self) -> dict[str, Any]:
+        return self.config.model.flow.as_dict()
+
+    @property
+    def _seed(self) -> int | None:
+        seed = self.config.seed_everything
+        return None if isinstance(seed, bool) else seed
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        callbacks = [
+            Recorder(self.folder),
+            ModelCheckpoint(
+                self.folder,
+                filename="best",
+                monitor="val/nll",
+                save_last=True,
+                enable_version_counter=False,
+                save_on_train_epoch_end=True,
+            ),
+        ]
+        if self._seed is not None:
+            callbacks.append(EpochSeed(self._seed))
+        self.trainer_defaults["callbacks"] = callbacks
+        self.model.flow_config = self._flow_config
+        return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+
+    def open_run(self) -> None:
+        """Load the data, which shows mistakes in them; only then create the folder."""
+        self.datamodule.setup("fit")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A resumed run is unfinished until it ends again.
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        self.parser.save(self.config, str(self.folder / "config.yaml"), overwrite=True)
+        os.environ.setdefault("WANDB_DIR", str(self.folder))
+
+    def train(self) -> dict[str, Any]:
+        """Fit, then test and draw the best checkpoint. Returns the summary."""
+        last = self.folder / "last.ckpt"
+        try:
+            self.trainer.fit(
+                self.model,
+                datamodule=self.datamodule,
+                ckpt_path=None if self.resumed_from is None else str(self.resumed_from),
+                weights_only=True,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            if last.exists():
+                print(f"Interrupted. Resume with: python train.py --ckpt_path {last}")
+            raise
+        return finish(
+            self.folder,
+            self.trainer,
+            self.model,
+            self.datamodule,
+            experiment=self.experiment,
+            seed=self._seed,
+        )
+
+    def test(self) -> dict[str, float]:
+        """Metrics of the checkpoint on the test split."""
+        return self.trainer.test(
+            self.model,
+            datamodule=self.datamodule,
+            ckpt_path=str(self.resumed_from),
+            weights_only=True,
+            verbose=False,
+        )[0]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a user's mistake into one line on stderr and exit status 2."""
+    try:
+        yield
+    except (ArgumentError, ValueError, OSError, MisconfigurationException) as error:
+        message = " ".join(str(error).split())
+        # What jsonargparse says of the alternatives to the type that was meant.
+        message = re.sub(r"Does not validate against any .*? Errors: - ", "", message)
+        message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Only warnings from Lightning; offline unless the user says otherwise, never a prompt."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The run folder holds its config before the first checkpoint; the second is Lightning's own.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+    os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _asks_for_help(args: list[str]) -> bool:
+    return any(arg in ("-h", "--help", "--print_config") for arg in args)
+
+
+def _checkpoint_path(args: list[str]) -> Path | None:
+    """The value of --ckpt_path, needed before the rest can be parsed."""
+    for index, arg in enumerate(args):
+        if arg == "--ckpt_path" and index + 1 < len(args):
+            return Path(args[index + 1]).expanduser()
+        if arg.startswith("--ckpt_path="):
+            return Path(arg.partition("=")[2]).expanduser()
+    return None
+
+
+def _check_architecture(path: Path, expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose flow was built by another config."""
+    found = read_checkpoint(path).get("flow_config")
+    if found != expected:
+        raise ValueError(
+            f"{path} belongs to another architecture: expected {_short(expected)}, "
+            f"got {_short(found)}."
+        )
+
+
+def _short(config: dict[str, Any] | None) -> str:
+    if config is None:
+        return "a checkpoint without a flow"
+    arguments = ", ".join(f"{k}={v!r}" for k, v in (config.get("init_args") or {}).items())
+    return f"{config['class_path'].rpartition('.')[2]}({arguments})"

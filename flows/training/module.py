@@ -1,0 +1,145 @@
+"""Maximum likelihood training of a flow."""
+
+import math
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from flows.flow import Flow
+from flows.objectives import bits_per_dim
+from flows.transforms.base import check_positive
+
+__all__ = ["DensityEstimator"]
+
+
+class DensityEstimator(LightningModule):
+    """Fits a flow to data by maximum likelihood, with Adam, warm-up and a cosine to zero.
+
+    Logs ``train/nll``, ``val/nll`` and ``test/nll`` in nats per sample, and, where the data
+    module knows its ``density`` or ``grey_levels``, ``.../kl`` (nats) or
+    ``.../bits_per_dim``; ``test/kl_error`` is the standard error of ``test/kl``.
+
+    Args:
+        flow: The flow to train.
+        lr: Peak learning rate.
+        warmup_steps: Steps in which the learning rate rises from zero.
+        weight_decay: Decoupled weight decay of the conditioners' weight matrices; angles,
+            scales, splines and biases have none.
+        initial_rows: Training rows from which data-dependent layers (ActNorm, EmpiricalCDF)
+            are initialized before the first step.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        lr: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.0,
+        initial_rows: int = 2048,
+    ) -> None:
+        super().__init__()
+        check_positive(lr=lr)
+        if warmup_steps < 0 or weight_decay < 0 or initial_rows < 0:
+            raise ValueError(
+                "warmup_steps, weight_decay and initial_rows must not be negative, got "
+                f"{warmup_steps}, {weight_decay} and {initial_rows}."
+            )
+        self.flow = flow
+        self.lr = lr
+        self.warmup_steps = warmup_steps
+        self.weight_decay = weight_decay
+        self.initial_rows = initial_rows
+        # Nested {class_path, init_args} of the flow, set by train.py: with it `flows.load`
+        # builds the flow anew.
+        self.flow_config: dict[str, Any] | None = None
+        self._kl_values: list[Tensor] = []
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow(inputs, context)
+
+    @torch.no_grad()
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if stage == "fit" and data is not None and self.initial_rows:
+            # Layers that depend on data initialize themselves in their first training-mode pass.
+            self.flow.train()
+            self.flow(*(tensor[: self.initial_rows] for tensor in data.splits["train"]))
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        log_prob = self.flow(*batch)
+        nll = -log_prob.mean()
+        rows = len(log_prob)
+        self.log("train/nll", nll, on_step=False, on_epoch=True, batch_size=rows)
+        name, value = "nll", nll.detach()
+        if self._grey_levels:
+            name, value = "bits/dim", self._bits(log_prob.detach(), batch[0]).mean()
+        self.log(name, value, prog_bar=True, logger=False, batch_size=rows)
+        return nll
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        if self._kl_values:
+            values = torch.cat(self._kl_values)
+            self._kl_values.clear()
+            self.log("test/kl_error", values.std() / math.sqrt(len(values)))
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, ...]) -> None:
+        inputs = batch[0]
+        log_prob = self.flow(*batch)
+        metrics = {"nll": -log_prob}
+        density = getattr(self.trainer.datamodule, "density", None)
+        if density is not None:
+            metrics["kl"] = density.log_prob(inputs) - log_prob
+            if split == "test":
+                self._kl_values.append(metrics["kl"])
+        if self._grey_levels:
+            metrics["bits_per_dim"] = self._bits(log_prob, inputs)
+        for name, values in metrics.items():
+            shown = split == "val" and name == list(metrics)[-1]
+            self.log(f"{split}/{name}", values.mean(), prog_bar=shown, batch_size=len(inputs))
+
+    @property
+    def _grey_levels(self) -> int | None:
+        return getattr(self.trainer.datamodule, "grey_levels", None)
+
+    def _bits(self, log_prob: Tensor, inputs: Tensor) -> Tensor:
+        return bits_per_dim(log_prob, inputs[0].numel(), bits=math.log2(self._grey_levels))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        conditioners = [
+            parameter
+            for name, parameter in self.flow.named_parameters()
+            if name.endswith("weight") and parameter.ndim > 1
+        ]
+        chosen = set(map(id, conditioners))
+        others = [p for p in self.flow.parameters() if id(p) not in chosen]
+        groups = [
+            {"params": conditioners, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["flow_config"] = self.flow_config

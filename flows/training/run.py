@@ -1,0 +1,78 @@
+"""A run folder: what stands in it and how a run ends."""
+
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule, Trainer
+
+from flows import plots
+from flows.flow import load
+from flows.training.callbacks import Recorder
+from flows.training.files import write_atomically
+from flows.training.module import DensityEstimator
+
+__all__ = ["finish", "new_folder"]
+
+
+def new_folder(root: str | Path, experiment: str) -> Path:
+    """A path ``root/experiment/time`` that does not exist yet; nothing is created."""
+    while True:
+        folder = Path(root) / experiment / time.strftime("%Y-%m-%d_%H-%M-%S")
+        if not folder.exists():
+            return folder
+        time.sleep(0.2)
+
+
+def finish(
+    folder: Path,
+    trainer: Trainer,
+    model: DensityEstimator,
+    data: LightningDataModule,
+    *,
+    experiment: str,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Test the best checkpoint, draw the pictures and, last of all, write summary.json.
+
+    Returns:
+        The summary. A folder without summary.json is a run that did not finish.
+    """
+    recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
+    checkpoint = folder / "best.ckpt"
+    seconds = recorder.seconds
+    results = trainer.test(
+        model, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False
+    )[0]
+    plots.save(plots.history(recorder.rows), folder / "history.png")
+    flow = load(checkpoint, model.flow)
+    torch.manual_seed(0)
+    if data.density is not None:
+        plots.save(plots.density(flow, data.density), folder / "density.png")
+    elif len(data.shape) == 3:
+        real = data.splits["test"][0][:64]
+        with torch.no_grad():
+            drawn = flow.sample(len(real))
+        figure = plots.samples(drawn, real, grey_levels=data.grey_levels)
+        plots.save(figure, folder / "samples.png")
+    summary = {
+        "experiment": experiment,
+        **results,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "wall_seconds": round(seconds, 1),
+        "seed": seed,
+        "checkpoint": str(checkpoint),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "pytorch-lightning", "nflows")},
+        },
+    }
+    with write_atomically(folder / "summary.json") as file:
+        json.dump(summary, file, indent=2)
+    return summary

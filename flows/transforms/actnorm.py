@@ -1,0 +1,69 @@
+"""Activation normalization."""
+
+import torch
+from torch import Tensor, nn
+
+from flows.transforms.base import Transform, check_features, check_positive
+
+__all__ = ["ActNorm"]
+
+
+class ActNorm(Transform):
+    r"""Per-feature affine map :math:`y = e^{s} x + t`, normalized on the first batch.
+
+    The first training-mode ``forward`` sets s and t so that its outputs have mean 0 and
+    standard deviation 1 per feature (per channel for images); a feature that is constant
+    there keeps its scale. The flag ``initialized`` is a buffer, so a loaded layer does not
+    start over.
+
+    Args:
+        features: Size of axis 1: features of vectors, channels of images.
+
+    Shape:
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+
+    Reference:
+        Kingma and Dhariwal (2018), Glow, arXiv 1807.03039
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        check_positive(features=features)
+        self.features = features
+        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.shift = nn.Parameter(torch.zeros(features))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(inputs, self.features)
+        if self.training and not self.initialized:
+            self._initialize(inputs)
+        log_scale, shift = self._per_feature(inputs)
+        return inputs * log_scale.exp() + shift, self._logabsdet(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(inputs, self.features)
+        log_scale, shift = self._per_feature(inputs)
+        return (inputs - shift) * (-log_scale).exp(), -self._logabsdet(inputs)
+
+    def _per_feature(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1,) + (1,) * (inputs.ndim - 2)
+        return self.log_scale.view(shape), self.shift.view(shape)
+
+    def _logabsdet(self, inputs: Tensor) -> Tensor:
+        positions = inputs[0, 0].numel() if len(inputs) else 1
+        return inputs.new_zeros(len(inputs)) + positions * self.log_scale.sum()
+
+    @torch.no_grad()
+    def _initialize(self, inputs: Tensor) -> None:
+        if len(inputs) == 0:
+            return
+        columns = inputs.movedim(1, 0).flatten(1).double()
+        mean, deviation = columns.mean(1), columns.std(1, correction=0)
+        log_scale = torch.where(deviation > 1e-6, -deviation.log(), 0.0)
+        self.log_scale.copy_(log_scale)
+        self.shift.copy_(-mean * log_scale.exp())
+        self.initialized.fill_(True)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"

@@ -1,0 +1,45 @@
+"""The contract of every layer: nflows' ``Transform``.
+
+``forward(inputs, context=None)`` goes from data to noise, ``inverse`` back; both return
+``(outputs, logabsdet)`` with logabsdet a fresh dense tensor of shape (batch,), in nats.
+"""
+
+from nflows.transforms.base import InputOutsideDomain, InverseNotAvailable, Transform
+from torch import Tensor
+
+__all__ = [
+    "InputOutsideDomain",
+    "InverseNotAvailable",
+    "Transform",
+    "check_features",
+    "check_positive",
+    "check_unit_interval",
+    "sum_features",
+]
+
+
+def check_features(inputs: Tensor, features: int, *, axis: int = 1) -> None:
+    """Refuse inputs whose given axis does not have ``features`` entries."""
+    if inputs.ndim < 2 or inputs.shape[axis] != features:
+        shape = tuple(inputs.shape)
+        raise ValueError(f"inputs must have {features} features on axis {axis}, got {shape}.")
+
+
+def check_positive(**values: float) -> None:
+    """Refuse named values that are not greater than zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value}.")
+
+
+def check_unit_interval(inputs: Tensor) -> None:
+    """Refuse inputs outside [0, 1], NaN included."""
+    if inputs.numel() and not (inputs.min() >= 0 and inputs.max() <= 1):
+        raise InputOutsideDomain(
+            f"inputs must lie in [0, 1], got {inputs.min():.4g} to {inputs.max():.4g}."
+        )
+
+
+def sum_features(values: Tensor) -> Tensor:
+    """Sum over everything but the batch axis: (batch, ...) -> (batch,)."""
+    return values.flatten(1).sum(1)

@@ -1,0 +1,146 @@
+"""Coupling layers: one half of the features sets the map of the other half."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flows.transforms.base import Transform, check_features, check_positive, sum_features
+from flows.transforms.spline import rational_quadratic_spline, spline_parameters
+
+__all__ = ["AffineCoupling", "Coupling", "SplineCoupling"]
+
+
+class Coupling(Transform):
+    """Keeps one half of axis 1 and maps the other half, given what was kept.
+
+    Args:
+        features: Size of axis 1, at least 2: features of vectors, channels of images.
+        net: ``net(in_features, out_features)`` makes the conditioner, a module called as
+            ``conditioner(kept, context)`` that keeps any axes behind axis 1.
+        parameters: Parameters per mapped feature.
+        flip: Keep the second half instead of the first. The kept half of an odd number
+            of features is the smaller one.
+    """
+
+    def __init__(
+        self, features: int, net: Callable[[int, int], nn.Module], parameters: int, flip: bool
+    ) -> None:
+        super().__init__()
+        if features < 2:
+            raise ValueError(f"features must be at least 2, got {features}.")
+        self.features = features
+        self.parameters_per_feature = parameters
+        self.flip = flip
+        kept = features // 2
+        self.sizes = (features - kept, kept) if flip else (kept, features - kept)
+        self.net = net(kept, (features - kept) * parameters)
+
+    @abstractmethod
+    def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map elementwise; parameters (batch, parameters, mapped features, ...).
+
+        Returns outputs and the elementwise log absolute derivative.
+        """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_coupling(inputs, context, inverse=False)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_coupling(inputs, context, inverse=True)
+
+    def _apply_coupling(
+        self, inputs: Tensor, context: Tensor | None, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        check_features(inputs, self.features)
+        first, second = inputs.split(self.sizes, dim=1)
+        kept, moved = (second, first) if self.flip else (first, second)
+        parameters = self.net(kept, context).unflatten(1, (self.parameters_per_feature, -1))
+        moved, logabsdet = self.couple(moved, parameters, inverse=inverse)
+        halves = (moved, kept) if self.flip else (kept, moved)
+        return torch.cat(halves, dim=1), sum_features(logabsdet)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, flip={self.flip}"
+
+
+class AffineCoupling(Coupling):
+    r"""Affine coupling :math:`y_2 = e^{s(x_1)} x_2 + t(x_1)`, :math:`|s|` bounded.
+
+    :math:`s = b \tanh(\cdot / b)` with the bound b keeps the scale within
+    :math:`(e^{-b}, e^{b})`, which is what keeps training stable.
+
+    Args:
+        features: Size of axis 1, at least 2: features of vectors, channels of images.
+        net: ``net(in_features, out_features)`` makes the conditioner, a module called as
+            ``conditioner(kept, context)``.
+        bound: Bound b of the log-scale, in nats.
+        flip: Keep the second half instead of the first.
+
+    Shape:
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+
+    Reference:
+        Dinh et al. (2017), RealNVP, arXiv 1605.08803
+    """
+
+    def __init__(
+        self,
+        features: int,
+        net: Callable[[int, int], nn.Module],
+        *,
+        bound: float = 2.0,
+        flip: bool = False,
+    ) -> None:
+        check_positive(bound=bound)
+        super().__init__(features, net, 2, flip)
+        self.bound = bound
+
+    def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, raw = parameters.unbind(1)
+        log_scale = self.bound * torch.tanh(raw / self.bound)
+        if inverse:
+            return (moved - shift) * (-log_scale).exp(), -log_scale
+        return moved * log_scale.exp() + shift, log_scale
+
+
+class SplineCoupling(Coupling):
+    r"""Coupling by monotonic rational-quadratic splines on [-B, B], identity outside.
+
+    Args:
+        features: Size of axis 1, at least 2: features of vectors, channels of images.
+        net: ``net(in_features, out_features)`` makes the conditioner, a module called as
+            ``conditioner(kept, context)``.
+        bins: Number of bins of every spline.
+        tail_bound: Half-width B of the interval.
+        flip: Keep the second half instead of the first.
+
+    Shape:
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+
+    Reference:
+        Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
+    """
+
+    def __init__(
+        self,
+        features: int,
+        net: Callable[[int, int], nn.Module],
+        *,
+        bins: int = 8,
+        tail_bound: float = 5.0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(features, net, spline_parameters(bins), flip)
+        check_positive(tail_bound=tail_bound)
+        self.bins = bins
+        self.tail_bound = tail_bound
+
+    def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return rational_quadratic_spline(
+            moved, parameters.movedim(1, -1), tail_bound=self.tail_bound, inverse=inverse
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bins={self.bins}, tail_bound={self.tail_bound}"

@@ -1,0 +1,46 @@
+"""From grey levels to real numbers."""
+
+import torch
+from torch import Tensor
+
+from flows.transforms.base import Transform, check_unit_interval
+
+__all__ = ["Dequantize"]
+
+
+class Dequantize(Transform):
+    r"""Grey levels to reals by uniform noise: :math:`y = x + u / L`, :math:`u \sim U[0, 1)`.
+
+    Inputs are the L grey levels as lower edges of bins, k / L with k = 0 ... L-1, so the
+    Jacobian is the identity and log_prob refers to data scaled to [0, 1]. The mean of
+    log_prob over the noise bounds the log-probability of the bin from below (up to log L
+    per pixel). ``inverse`` goes back to the lower edge of the bin.
+
+    Args:
+        grey_levels: L, at least 2; 256 for 8-bit images.
+
+    Shape:
+        inputs (batch, ...) to outputs of the same shape, logabsdet (batch,), zero.
+
+    Reference:
+        Theis et al. (2016), A note on the evaluation of generative models, arXiv 1511.01844
+    """
+
+    def __init__(self, grey_levels: int = 256) -> None:
+        super().__init__()
+        if grey_levels < 2:
+            raise ValueError(f"grey_levels must be at least 2, got {grey_levels}.")
+        self.grey_levels = grey_levels
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_unit_interval(inputs)
+        # Rounding may carry the sum past the upper edge of the last bin.
+        noisy = (inputs + torch.rand_like(inputs) / self.grey_levels).clamp_max(1)
+        return noisy, inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        bins = (inputs * self.grey_levels).floor().clamp(0, self.grey_levels - 1)
+        return bins / self.grey_levels, inputs.new_zeros(len(inputs))
+
+    def extra_repr(self) -> str:
+        return f"grey_levels={self.grey_levels}"

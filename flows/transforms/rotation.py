@@ -1,0 +1,229 @@
+"""Learnable rotations of feature vectors and of image channels."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flows import givens
+from flows.transforms.base import Transform, check_features, check_positive
+
+__all__ = ["Rotation", "Rotation1x1"]
+
+Init = Literal["identity", "haar", "permutation"] | Tensor
+Ties = Literal["rounds"] | Sequence[int]
+
+
+class Rotation(Transform):
+    r"""Volume-preserving map :math:`y = W x`, :math:`W = B\,U(\theta)`.
+
+    :math:`B` is a fixed orthogonal matrix, :math:`U` turns each plane of the schedule by
+    one learned angle. W starts at ``init``: angles start at zero and B at ``init``, except
+    for ``cosine_sine`` schedules, which are degenerate at zero: there the angles start at
+    random and B undoes them.
+
+    Args:
+        features: Size of the last axis, at least 2.
+        schedule: Planes in order of application; ``crossing(features)`` by default.
+        init: Where W starts: ``"identity"``, ``"haar"`` (uniform on the orthogonal group),
+            ``"permutation"`` (a random one) or an orthogonal matrix.
+        angle_limit: Keeps every angle within (-limit, limit) radians, smoothly:
+            limit * tanh(parameter / limit).
+        ties: Angles that share a parameter: ``"rounds"`` for one parameter per round, or
+            for every angle the number of its parameter, 0, 1, ...
+
+    Shape:
+        inputs (batch, ..., features) to outputs of the same shape, logabsdet (batch,), zero.
+
+    Raises:
+        ValueError: If sizes do not fit, or ``init`` is no orthogonal matrix.
+
+    Reference:
+        Hamze (2021), arXiv 2106.00003
+    """
+
+    def __init__(
+        self,
+        features: int,
+        schedule: givens.Schedule | None = None,
+        *,
+        init: Init = "identity",
+        angle_limit: float | None = None,
+        ties: Ties | None = None,
+    ) -> None:
+        super().__init__()
+        if features < 2:
+            raise ValueError(f"features must be at least 2, got {features}.")
+        if angle_limit is not None:
+            check_positive(angle_limit=angle_limit)
+        self.features = features
+        self.schedule = givens.crossing(features) if schedule is None else schedule
+        if self.schedule.dim != features:
+            raise ValueError(f"schedule must have dimension {features}, got {self.schedule}.")
+        self.angle_limit = angle_limit
+        groups = _groups(ties, self.schedule)
+        # Derived from the arguments, so never saved and never averaged.
+        self.register_buffer("groups", groups, persistent=False)
+        count = self.schedule.num_angles if groups is None else int(groups.max()) + 1
+        self.raw_angles = nn.Parameter(torch.zeros(count))
+        self.register_buffer("base", _initial_matrix(init, features))
+        self._restart()
+
+    @property
+    def angles(self) -> Tensor:
+        """The angles in radians, after ties and limit, shape (num_angles,)."""
+        angles = self.raw_angles if self.groups is None else self.raw_angles[self.groups]
+        if self.angle_limit is None:
+            return angles
+        return self.angle_limit * torch.tanh(angles / self.angle_limit)
+
+    def matrix(self) -> Tensor:
+        """W, shape (features, features)."""
+        return self.base @ givens.matrix(self.angles, self.schedule)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(inputs, self.features, axis=-1)
+        return inputs @ self.matrix().mT, inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_features(inputs, self.features, axis=-1)
+        return inputs @ self.matrix(), inputs.new_zeros(len(inputs))
+
+    @torch.no_grad()
+    def recenter(self) -> None:
+        """Fold the learned rotation into the base and restart the angles; W is unchanged.
+
+        Optimizer moments and averages of the angles must restart with it.
+        """
+        # In float64, so that repeated folding does not wear off orthogonality.
+        turned = givens.matrix(self.angles.double(), self.schedule)
+        self.base.copy_(self.base.double() @ turned)
+        self._restart()
+
+    @torch.no_grad()
+    def _restart(self) -> None:
+        """Angles where learning starts; the base takes up what they turn."""
+        if not self.schedule.name.startswith("cosine_sine"):
+            self.raw_angles.zero_()
+            return
+        self.raw_angles.uniform_(-math.pi, math.pi)
+        turned = givens.matrix(self.angles.double(), self.schedule)
+        self.base.copy_(self.base.double() @ turned.mT)
+
+    def get_extra_state(self) -> Tensor:
+        """The schedule's name as bytes: a tensor, so that every weight format can hold it."""
+        return torch.tensor(list(self.schedule.name.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        name = bytes(state.tolist()).decode(errors="replace")
+        if name != self.schedule.name:
+            raise ValueError(
+                f"these weights belong to the schedule {name}, the layer has {self.schedule}."
+            )
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, schedule={self.schedule}, angles={len(self.raw_angles)}"
+
+
+class Rotation1x1(Transform):
+    """A :class:`Rotation` of image channels: an orthogonal 1x1 convolution.
+
+    Args:
+        channels: Number of channels, at least 2.
+        schedule: As in :class:`Rotation`.
+        init: As in :class:`Rotation`.
+        angle_limit: As in :class:`Rotation`.
+        ties: As in :class:`Rotation`.
+
+    Shape:
+        inputs (batch, channels, height, width) to outputs of the same shape,
+        logabsdet (batch,), zero.
+
+    Reference:
+        Kingma and Dhariwal (2018), Glow, arXiv 1807.03039, for the 1x1 convolution
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        schedule: givens.Schedule | None = None,
+        *,
+        init: Init = "identity",
+        angle_limit: float | None = None,
+        ties: Ties | None = None,
+    ) -> None:
+        super().__init__()
+        self.rotation = Rotation(channels, schedule, init=init, angle_limit=angle_limit, ties=ties)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._mix(inputs, self.rotation.matrix())
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._mix(inputs, self.rotation.matrix().mT)
+
+    def matrix(self) -> Tensor:
+        """W, shape (channels, channels)."""
+        return self.rotation.matrix()
+
+    def recenter(self) -> None:
+        """As :meth:`Rotation.recenter`."""
+        self.rotation.recenter()
+
+    def _mix(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        check_features(inputs, self.rotation.features)
+        outputs = nn.functional.conv2d(inputs, weight[:, :, None, None])
+        return outputs, inputs.new_zeros(len(inputs))
+
+
+def _groups(ties: Ties | None, schedule: givens.Schedule) -> Tensor | None:
+    """The number of its parameter for every angle, or None if each has its own."""
+    if ties is None:
+        return None
+    if isinstance(ties, str):
+        if ties != "rounds":
+            raise ValueError(f"ties must be 'rounds' or a sequence of numbers, got {ties!r}.")
+        return schedule.round_of_plane.clone()
+    groups = torch.as_tensor(ties)
+    if groups.shape != (schedule.num_angles,) or groups.is_floating_point():
+        raise ValueError(
+            f"ties must name a parameter for each of the {schedule.num_angles} angles of "
+            f"{schedule}, got {tuple(groups.shape)} of {groups.dtype}."
+        )
+    used = groups.unique()
+    if not torch.equal(used, torch.arange(len(used))):
+        raise ValueError(f"ties must use the numbers 0, 1, ... without gaps, got {used.tolist()}.")
+    return groups.long()
+
+
+def _initial_matrix(init: Init, features: int) -> Tensor:
+    """The orthogonal matrix that ``init`` asks for, in the default dtype."""
+    dtype = torch.get_default_dtype()
+    match init:
+        case Tensor():
+            if init.shape != (features, features):
+                raise ValueError(
+                    f"init must have shape {(features, features)}, got {tuple(init.shape)}."
+                )
+            identity = torch.eye(features, dtype=torch.float64)
+            error = (init.detach().cpu().double() @ init.detach().cpu().double().mT) - identity
+            if not error.abs().max() <= 1e-4:
+                raise ValueError(
+                    "init must be orthogonal, Q Q^T = I; "
+                    f"its largest error is {error.abs().max():.2g}."
+                )
+            return init.detach().to(dtype, copy=True)
+        case "identity":
+            return torch.eye(features)
+        case "permutation":
+            return torch.eye(features)[torch.randperm(features)]
+        case "haar":
+            q, r = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))
+            # Positive diagonal of R makes Q uniform (Mezzadri 2007, math-ph/0609050).
+            return (q * r.diagonal().sign()).to(dtype)
+        case _:
+            raise ValueError(
+                "init must be 'identity', 'haar', 'permutation' or an orthogonal matrix, "
+                f"got {init!r}."
+            )

@@ -1,0 +1,81 @@
+"""Train a normalizing flow, test it, sample from it.
+
+  python train.py                                      two moons, the default experiment
+  python train.py --config configs/images/digits.yaml  another experiment
+  python train.py --model.lr=1e-3                      any key of a config can be overridden
+  python train.py --print_config                       the config with all its keys
+  python train.py --ckpt_path runs/.../last.ckpt       resume where a run stopped
+  python train.py --trainer.logger=WandbLogger         log to Weights & Biases as well
+  python train.py test --ckpt_path runs/.../best.ckpt
+  python train.py sample --ckpt_path runs/.../best.ckpt --num_samples 64 --temperature 0.8
+
+Without a subcommand it fits. Every subcommand has --help; that of fit lists all keys.
+"""
+
+import argparse
+import sys
+
+DEFAULT_CONFIG = "configs/toy/two_moons.yaml"
+
+
+def fit(args: list[str]) -> None:
+    from flows.training.cli import RunCLI, one_line_errors
+
+    with one_line_errors():
+        cli = RunCLI(args, default_config=DEFAULT_CONFIG)
+        cli.open_run()
+    summary = cli.train()
+    print_metrics(summary)
+    for path in sorted(cli.folder.iterdir()):
+        print(f"  {path}")
+
+
+def test(args: list[str]) -> None:
+    from flows.training.cli import RunCLI, one_line_errors
+
+    with one_line_errors():
+        cli = RunCLI(args)
+        cli.datamodule.setup("test")
+    print_metrics(cli.test())
+
+
+def sample(args: list[str]) -> None:
+    from flows.training.cli import one_line_errors
+    from flows.training.sampling import write_samples
+
+    parser = argparse.ArgumentParser("train.py sample", description="Draw samples from a flow.")
+    parser.add_argument("--ckpt_path", required=True, help="run folder or checkpoint")
+    parser.add_argument("--num_samples", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="file ending in .png, .npy or .csv")
+    given = parser.parse_args(args)
+    with one_line_errors():
+        path = write_samples(
+            given.ckpt_path,
+            given.num_samples,
+            temperature=given.temperature,
+            seed=given.seed,
+            output=given.output,
+        )
+    print(path)
+
+
+def print_metrics(metrics: dict) -> None:
+    for name, value in metrics.items():
+        if name.startswith("test/"):
+            print(f"{name:20} {value:.4f}")
+
+
+def main(args: list[str]) -> None:
+    commands = {"fit": fit, "test": test, "sample": sample}
+    if args and args[0] in ("-h", "--help"):
+        print(__doc__)
+    elif args and args[0] in commands:
+        commands[args[0]](args[1:])
+    else:
+        fit(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
