@@ -1,21 +1,23 @@
 """Train a normalizing flow, test it, sample from it.
 
-  python train.py                                      two moons, the default experiment
-  python train.py --config configs/images/digits.yaml  another experiment
-  python train.py --model.lr=1e-3                      any key of a config can be overridden
-  python train.py --print_config                       the config with all its keys
-  python train.py --ckpt_path runs/.../last.ckpt       resume where a run stopped
-  python train.py --trainer.logger=WandbLogger         log to Weights & Biases as well
+  python train.py                                       two moons, the default
+  python train.py --config configs/images/digits.yaml   another experiment
+  python train.py --model.lr=1e-3                       override any key
+  python train.py --print_config                        the config with all keys
+  python train.py --ckpt_path runs/.../last.ckpt        resume a run
+  python train.py --trainer.logger=WandbLogger          Weights & Biases as well
   python train.py test --ckpt_path runs/.../best.ckpt
-  python train.py sample --ckpt_path runs/.../best.ckpt --num_samples 64 --temperature 0.8
+  python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8
 
-Without a subcommand it fits. Every subcommand has --help; that of fit lists all keys.
+Without a subcommand it fits. fit, test and sample have --help of their own; that
+of fit lists all keys.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
-DEFAULT_CONFIG = "configs/toy/two_moons.yaml"
+DEFAULT_CONFIG = str(Path(__file__).parent / "configs/toy/two_moons.yaml")
 
 
 def fit(args: list[str]) -> None:
@@ -70,7 +72,7 @@ def print_metrics(metrics: dict) -> None:
 def main(args: list[str]) -> None:
     commands = {"fit": fit, "test": test, "sample": sample}
     if args and args[0] in ("-h", "--help"):
-        print(__doc__)
+        print(__doc__.strip())
     elif args and args[0] in commands:
         commands[args[0]](args[1:])
     else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ __all__ = ["density", "history", "image_grid", "points", "samples", "save"]
 COLORS = "magma"
 
 
+@runtime_checkable
 class Density(Protocol):
     """A two-dimensional law that training data come from."""
 
@@ -41,7 +42,8 @@ def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int 
     reference = next(flow.parameters())
     true = truth.log_prob(grid).exp().view(pixels, pixels)
     learned = flow.log_prob(grid.to(reference)).exp().view(pixels, pixels)
-    figure = Figure(figsize=(8, 8.4), layout="constrained")
+    panel = 3.6 * (top - bottom) / (right - left)
+    figure = Figure(figsize=(8.2, 2 * panel + 0.9), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     clouds = {"data": truth.sample(num_samples), "samples": flow.sample(num_samples)}
     for axis, (title, values) in zip(axes[0], clouds.items(), strict=True):
@@ -50,7 +52,7 @@ def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int 
         axes[1], {"true density": true, "learned density": learned}.items(), strict=True
     ):
         image = axis.imshow(
-            values.cpu(),
+            values.cpu().numpy(),
             origin="lower",
             extent=truth.extent,
             cmap=COLORS,
@@ -58,7 +60,7 @@ def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int 
             vmax=float(true.max()),
         )
         axis.set_title(title)
-    figure.colorbar(image, ax=axes[1], shrink=0.8, label="density")
+    figure.colorbar(image, ax=axes[1], label="density")
     for axis in axes.flat:
         axis.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     return figure
@@ -72,7 +74,7 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
     for index, image in enumerate(images.clamp(0, 1).cpu()):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         canvas[:, top : top + height, left : left + width] = image
-    canvas = canvas.movedim(0, -1).squeeze(-1)
+    canvas = canvas.movedim(0, -1).squeeze(-1).numpy()
     axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_title(title)
     axis.set_axis_off()
@@ -100,7 +102,7 @@ def samples(
 
 def points(axis: Axes, values: Tensor, title: str) -> None:
     """Two-dimensional points, shape (n, 2)."""
-    x, y = values.cpu().unbind(1)
+    x, y = values.cpu().numpy().T
     axis.scatter(x, y, s=1.5, alpha=0.5, color="#3b0f70", linewidths=0)
     axis.set(title=title, aspect="equal")
 

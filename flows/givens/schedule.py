@@ -66,7 +66,7 @@ class Schedule:
             raise ValueError(f"a schedule must keep at least one plane, {name} keeps none.")
         self.dim = dim
         self.planes = torch.from_numpy(np.ascontiguousarray(planes, np.int64))
-        self.round_sizes = tuple(int(size) for size in sizes)
+        self.round_sizes = tuple(sizes)
         self.name = name
 
     @classmethod
@@ -75,7 +75,7 @@ class Schedule:
         order = np.argsort(rounds, kind="stable")
         sizes = np.bincount(rounds) if len(rounds) else np.array([], int)
         schedule = cls.__new__(cls)
-        schedule._fill(dim, planes[order], sizes[sizes > 0], name)
+        schedule._fill(dim, planes[order], sizes[sizes > 0].tolist(), name)
         return schedule
 
     @property

@@ -59,6 +59,7 @@ class RunCLI(LightningCLI):
             trainer_defaults={
                 "logger": False,
                 "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
                 "enable_model_summary": False,
             },
             parser_kwargs={"exit_on_error": False},
@@ -99,6 +100,14 @@ class RunCLI(LightningCLI):
             root = self.config.trainer.default_root_dir or "runs"
             self.folder = new_folder(root, self.experiment)
 
+        # The resolved config is saved as given: another run keeps its logs in its own folder.
+        self.given = self.config.clone()
+        loggers = self.config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            arguments = getattr(logger, "init_args", None)
+            if arguments is not None and arguments.get("save_dir", "") in (".", None):
+                arguments.save_dir = str(self.folder)
+
     @property
     def _flow_config(self) -> dict[str, Any]:
         return self.config.model.flow.as_dict()
@@ -132,8 +141,7 @@ class RunCLI(LightningCLI):
         self.folder.mkdir(parents=True, exist_ok=True)
         # A resumed run is unfinished until it ends again.
         (self.folder / "summary.json").unlink(missing_ok=True)
-        self.parser.save(self.config, str(self.folder / "config.yaml"), overwrite=True)
-        os.environ.setdefault("WANDB_DIR", str(self.folder))
+        self.parser.save(self.given, str(self.folder / "config.yaml"), overwrite=True)
 
     def train(self) -> dict[str, Any]:
         """Fit, then test and draw the best checkpoint. Returns the summary."""
@@ -190,6 +198,8 @@ def _quiet() -> None:
     # The run folder holds its config before the first checkpoint; the second is Lightning's own.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+    # Lightning 2.6 still calls jsonargparse's old names.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("WANDB_MODE", "offline")
 
 

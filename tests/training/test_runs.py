@@ -1,0 +1,237 @@
+"""Whole runs through the command line, as small as they can be."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import flows
+import train
+
+ROOT = Path(train.__file__).parent
+CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
+SMALL = [
+    "--trainer.max_epochs=4",
+    "--trainer.enable_progress_bar=false",
+    "--model.flow.init_args.layers=2",
+    "--data.init_args.batches_per_epoch=3",
+    "--data.init_args.val_size=200",
+    "--data.init_args.test_size=200",
+]
+
+
+def fit(root: Path, *args: str) -> Path:
+    """Run train.py here and return the run folder, the only one below root."""
+    train.main([*args, f"--trainer.default_root_dir={root}"])
+    (folder,) = root.glob("*/*")
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line on stderr with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        train.main(list(args))
+    assert exit.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1, printed
+    return printed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return fit(tmp_path_factory.mktemp("runs"), *SMALL)
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "two_moons" / run.name))
+
+
+def test_a_run_leaves_its_files(run):
+    assert {path.name for path in run.iterdir()} == {
+        "best.ckpt",
+        "config.yaml",
+        "density.png",
+        "history.png",
+        "last.ckpt",
+        "metrics.csv",
+        "summary.json",
+    }
+    assert run.parent.name == "two_moons"
+    assert [int(row["epoch"]) for row in rows(run)] == [0, 1, 2, 3]
+
+
+def test_the_summary_holds_the_final_numbers(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test/kl"] > 0 and 0 < summary["test/kl_error"] < 0.2
+    assert summary["seed"] == 0 and summary["wall_seconds"] > 0
+    assert summary["steps"] == 12 and summary["epochs"] == 4
+    assert Path(summary["checkpoint"]).samefile(run / "best.ckpt")
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_resolved_config_runs_again(run, tmp_path):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["flow"]["init_args"]["layers"] == 2
+    again = fit(tmp_path, "--config", str(run / "config.yaml"))
+    assert rows(again) == rows(run)
+
+
+def test_load_gives_the_trained_flow(run):
+    flow = flows.load(run)
+    assert not flow.training
+    assert flow.sample(5).shape == (5, 2)
+    weights = torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, weights[f"flow.{name}"]), name
+
+
+def test_the_test_command_repeats_the_summary(run, capsys):
+    train.main(["test", "--ckpt_path", str(run / "best.ckpt")])
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{summary['test/nll']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
+def test_the_sample_command_writes(run, tmp_path, suffix, capsys):
+    output = tmp_path / f"s{suffix}"
+    train.main(["sample", "--ckpt_path", str(run), "--num_samples", "7", "--output", str(output)])
+    assert capsys.readouterr().out.strip() == str(output)
+    assert output.stat().st_size > 0
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL]
+    process = subprocess.Popen(
+        [*command, f"--trainer.default_root_dir={tmp_path}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/*/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (folder,) = tmp_path.glob("*/*")
+    assert not (folder / "summary.json").exists()
+    train.main(["--ckpt_path", str(folder / "last.ckpt")])
+    assert rows(folder) == rows(run)
+    assert list(tmp_path.glob("*/*")) == [folder]
+    whole, resumed = (json.loads((f / "summary.json").read_text()) for f in (run, folder))
+    assert whole["test/nll"] == resumed["test/nll"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_takes_a_step(config, tmp_path):
+    if "FashionMNIST" in config.read_text() and not (ROOT / "data/FashionMNIST/raw").is_dir():
+        pytest.skip("Fashion-MNIST is not here: make fashion-mnist")
+    folder = fit(
+        tmp_path,
+        f"--config={config}",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.limit_test_batches=1",
+        "--trainer.enable_progress_bar=false",
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["experiment"] == config.stem and summary["steps"] == 1
+
+
+def test_images_report_bits_and_draw_samples(tmp_path, capsys):
+    folder = fit(
+        tmp_path,
+        f"--config={ROOT / 'configs/images/digits.yaml'}",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=1",
+        "--trainer.enable_progress_bar=false",
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 1 < summary["test/bits_per_dim"] < 4.1
+    assert (folder / "samples.png").exists()
+    train.main(["sample", "--ckpt_path", str(folder), "--num_samples", "3"])
+    assert (folder / "samples-3-temperature-1-seed-0.png").exists()
+
+
+def test_wandb_logs_offline_without_asking(tmp_path):
+    folder = fit(tmp_path, *SMALL, "--trainer.max_epochs=1", "--trainer.logger=WandbLogger")
+    assert list(folder.glob("wandb/offline-run-*"))
+
+
+def test_print_config_shows_every_key(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--print_config"])
+    assert exit.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert {"bins", "layers", "tail_bound"} <= set(config["model"]["flow"]["init_args"])
+    assert config["trainer"]["max_epochs"] > 1
+
+
+def test_help_fits_a_screen(capsys):
+    train.main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") <= 24 and max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    {
+        "misspelt key": (["--model.flow.init_args.layerz=3"], ["layerz", "not accepted"]),
+        "misspelt section": (["--modle.lr=3"], ["--modle.lr"]),
+        "wrong type": (["--data.init_args.batch_size=many"], ["int", "many"]),
+        "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        "one feature": (["--model.flow.init_args.features=1"], ["at least 2", "got 1"]),
+        "unknown flow": (["--model.flow.class_path=flows.recipes.Nope"], ["Nope"]),
+        "missing data": (
+            ["--data=datasets.images.FashionMNIST", "--data.init_args.root=nowhere"],
+            ["nowhere", "train-images-idx3-ubyte"],
+        ),
+        "missing checkpoint": (["--ckpt_path", "nowhere/last.ckpt"], ["nowhere/last.ckpt"]),
+        "test without checkpoint": (["test"], ["--ckpt_path"]),
+        "sample without file": (["sample", "--ckpt_path", "nowhere"], ["nowhere"]),
+    }.values(),
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_a_mistake_is_one_line(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    printed = refused(capsys, *args)
+    for word in words:
+        assert word in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_checkpoint_is_refused(copy, capsys):
+    data = (copy / "last.ckpt").read_bytes()
+    (copy / "last.ckpt").write_bytes(data[: len(data) // 2])
+    before = contents(copy)
+    for args in (["--ckpt_path"], ["test", "--ckpt_path"], ["sample", "--ckpt_path"]):
+        assert "not a readable checkpoint" in refused(capsys, *args, str(copy / "last.ckpt"))
+    assert contents(copy) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(copy, capsys):
+    before = contents(copy)
+    printed = refused(
+        capsys, "--ckpt_path", str(copy / "last.ckpt"), "--model.flow.init_args.layers=3"
+    )
+    assert "layers=3" in printed and "layers=2" in printed
+    assert contents(copy) == before
