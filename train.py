@@ -9,8 +9,8 @@
   python train.py test --ckpt_path runs/.../best.ckpt
   python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8
 
-Without a subcommand it fits. fit, test and sample have --help of their own; that
-of fit lists all keys.
+Without a subcommand it fits. fit, test and sample have --help of their own; fit
+lists all keys.
 """
 
 import argparse

@@ -1,0 +1,1 @@
+"""What speed and memory claims rest on: each script prints a table and writes JSON."""
