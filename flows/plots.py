@@ -89,6 +89,7 @@ def samples(
     """
     panels = {"samples": drawn} if real is None else {"data": real, "samples": drawn}
     figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     # The brightest pixel is (L - 1) / L.
     scale = 1.0 if grey_levels is None else grey_levels / (grey_levels - 1)

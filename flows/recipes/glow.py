@@ -25,8 +25,9 @@ __all__ = ["Glow"]
 class Glow(Flow):
     """Multiscale image flow: at every level steps of ActNorm, Rotation1x1 and coupling.
 
-    The rotations start as random permutations: on digits that ended 0.04 bits/dim lower than
-    random orthogonal matrices.
+    Rotations start at the identity and the couplings of successive steps exchange the halves
+    of the channels: on digits that ended lower and varied less with the seed than couplings
+    between random permutations or random orthogonal matrices.
 
     Args:
         shape: Shape (channels, height, width) of one image.
@@ -67,12 +68,15 @@ class Glow(Flow):
         to_reals = Logit() if marginals == "logit" else EmpiricalCDF(shape, bins=grey_levels)
 
         def level(channels: int) -> Composite:
-            step = (
-                lambda: ActNorm(channels),
-                lambda: Rotation1x1(channels, init="permutation"),
-                lambda: couple(channels, net),
+            return Composite(
+                transform
+                for step in range(steps)
+                for transform in (
+                    ActNorm(channels),
+                    Rotation1x1(channels),
+                    couple(channels, net, flip=step % 2 == 1),
+                )
             )
-            return Composite(make() for _ in range(steps) for make in step)
 
         transforms = [level(channels) for channels, _, _ in Multiscale.shapes(shape, levels)]
         super().__init__(

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from flows.nets import MLP, ConvNet
+
+
+def randomized(net: nn.Module) -> nn.Module:
+    """Outputs start at zero, which would hide mistakes."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return net
+
+
+NETS = {
+    "mlp": (lambda: MLP(3, 5, hidden_features=8), (4, 3), (4, 5)),
+    "mlp, no blocks": (lambda: MLP(3, 5, hidden_features=8, blocks=0), (4, 3), (4, 5)),
+    "mlp, one feature": (lambda: MLP(1, 1, hidden_features=1), (4, 1), (4, 1)),
+    "convnet": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 6, 2), (4, 5, 6, 2)),
+    "convnet, one pixel": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 1, 1), (4, 5, 1, 1)),
+}
+each_net = pytest.mark.parametrize(("make", "shape", "expected"), NETS.values(), ids=NETS)
+
+
+@each_net
+def test_outputs_have_the_promised_shape_and_start_at_zero(make, shape, expected):
+    assert torch.equal(make()(torch.randn(shape)), torch.zeros(expected))
+
+
+@each_net
+def test_every_parameter_and_input_matters(make, shape, expected):
+    net, inputs = randomized(make()), torch.randn(shape, requires_grad=True)
+    net(inputs).square().sum().backward()
+    for tensor in (inputs, *net.parameters()):
+        assert (tensor.grad != 0).any() and tensor.grad.isfinite().all()
+
+
+@each_net
+def test_rows_do_not_see_one_another(make, shape, expected):
+    net, inputs = randomized(make()).double(), torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(net(inputs)[1:2], net(inputs[1:2]))
+
+
+@each_net
+def test_no_rows_give_no_rows(make, shape, expected):
+    assert make()(torch.empty(0, *shape[1:])).shape == (0, *expected[1:])
+
+
+@pytest.mark.parametrize("net", [MLP, ConvNet])
+def test_options_shape_the_layers(net):
+    made = net(2, 4, hidden_features=7)
+    sizes = [p.shape[:2] for p in made.parameters() if p.ndim > 1]
+    assert sizes[0] == (7, 2) and sizes[-1] == (4, 7)
+    assert {tuple(size) for size in sizes[1:-1]} == {(7, 7)}
+    assert len(list(MLP(2, 4, blocks=5).blocks)) == 5
+
+
+@pytest.mark.parametrize(("net", "shape"), [(MLP, (64, 2)), (ConvNet, (64, 2, 2, 2))])
+def test_dropout_acts_in_training_only(net, shape):
+    made, inputs = randomized(net(2, 3, hidden_features=8, dropout=0.5)), torch.randn(shape)
+    assert not torch.equal(made(inputs), made(inputs))
+    made.eval()
+    assert torch.equal(made(inputs), made(inputs))
+
+
+def test_mlp_reads_every_feature_of_the_context():
+    net = randomized(MLP(2, 3, hidden_features=8, context_features=2))
+    context = torch.randn(4, 2, requires_grad=True)
+    net(torch.randn(4, 2), context).square().sum().backward()
+    assert (context.grad != 0).all()
+
+
+@pytest.mark.parametrize("context", [None, torch.zeros(4, 1), torch.zeros(4, 3)])
+def test_mlp_refuses_a_context_of_another_size(context):
+    net = MLP(2, 3, context_features=2)
+    with pytest.raises(ValueError, match="^context must have 2 features, got "):
+        net(torch.zeros(4, 2), context)
+
+
+def test_convnet_refuses_a_context():
+    with pytest.raises(ValueError, match="takes no context, got one"):
+        ConvNet(2, 3)(torch.zeros(4, 2, 2, 2), torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        (MLP, {"hidden_features": 0}),
+        (MLP, {"hidden_features": -1}),
+        (MLP, {"blocks": -1}),
+        (MLP, {"context_features": -1}),
+        (ConvNet, {"hidden_features": 0}),
+        (ConvNet, {"hidden_features": -1}),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(net, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} must .*, got "):
+        net(2, 3, **options)
