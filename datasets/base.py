@@ -80,7 +80,8 @@ class Batches(EpochLoader):
         order = torch.arange(rows)
         if self.shuffle:
             order = torch.randperm(rows, generator=seeded_generator(self.seed, self.epoch))
-        for chosen in order.split(self.batch_size):
+        for start in range(0, rows, self.batch_size):
+            chosen = order[start : start + self.batch_size]
             yield tuple(tensor[chosen] for tensor in self.tensors)
 
 

@@ -128,13 +128,6 @@ def test_float64_flows_give_float64():
     assert flow(torch.randn(4, FEATURES).double(), context).dtype == torch.float64
 
 
-def test_float64_flows_sample_from_nflows_distributions():
-    # nflows' own flow raises here.
-    flow = Flow(Rotation(2, init="haar"), StandardNormal([2])).double()
-    samples, log_prob = flow.sample_and_log_prob(3)
-    assert samples.dtype == log_prob.dtype == torch.float64
-
-
 def test_distributions_of_nflows_work():
     transform = Composite([ActNorm(2), Rotation(2, init="haar")])
     ours, theirs = Flow(transform, Normal(2)).eval(), Flow(transform, StandardNormal([2])).eval()
@@ -179,15 +172,14 @@ def test_density_integrates_to_one(context_features):
     flow = RotationSplineFlow(
         2, layers=3, hidden_features=8, context_features=context_features, bins=5
     )
-    flow = randomized(flow, std=0.4).double()
-    steps, extent = 320, 12.0
+    flow = randomized(flow, std=0.2).double()
+    steps, extent = 320, 8.0
     middles = extent * (2 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps - 1)
     points = torch.cartesian_prod(middles, middles)
     context = None
     if context_features:
         context = torch.randn(1, context_features, dtype=torch.float64).expand(len(points), -1)
     with torch.no_grad():
-        density = flow.log_prob(points, context).exp()
-    assert abs(density.sum().item() * (2 * extent / steps) ** 2 - 1) < 1e-3
-    spread = points.std(0) - (density[:, None] * points).sum(0) / density.sum()
-    assert spread.isfinite().all() and density.max() > 0.05  # the grid saw the bulk
+        log_prob, (_, logabsdet) = flow(points, context), flow.transform(points, context)
+    assert abs(log_prob.exp().sum().item() * (2 * extent / steps) ** 2 - 1) < 1e-4
+    assert logabsdet.std() > 0.1  # volumes do change

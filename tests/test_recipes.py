@@ -115,7 +115,7 @@ def test_glow_is_made_of_its_arguments():
 
 def test_glow_reaches_every_pixel():
     flow = randomized(Glow(**GLOW)).double().eval()
-    x = torch.rand(1, *GLOW["shape"], dtype=torch.float64, requires_grad=True)
+    x = levels(1).requires_grad_()
     flow.transform_to_noise(x).square().sum().backward()
     assert (x.grad != 0).all()
 
