@@ -1,7 +1,6 @@
 """A flow is a transform and a base distribution; and how to get a trained one back."""
 
 import importlib
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flows.checks import check_at_least
 from flows.transforms.base import Transform
 
 __all__ = ["Flow", "load", "read_checkpoint"]
@@ -71,7 +71,7 @@ class Flow(nn.Module):
         """
         samples, noise, logabsdet, context = self._sample(num_samples, context, temperature)
         log_prob = self.distribution.log_prob(noise, context) - logabsdet
-        return samples, log_prob.view(samples.shape[:1] if context is None else (-1, num_samples))
+        return samples, log_prob.view(samples.shape[: 1 if context is None else 2])
 
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """The noise f(inputs)."""
@@ -84,11 +84,7 @@ class Flow(nn.Module):
         self, num_samples: int, context: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Samples in their final shape; noise, logabsdet and context in rows."""
-        if num_samples < 0 or not temperature >= 0:
-            raise ValueError(
-                "num_samples and temperature must not be negative, "
-                f"got {num_samples} and {temperature}."
-            )
+        check_at_least(0, num_samples=num_samples, temperature=temperature)
         context = self._embed(context)
         # Distributions of other libraries know no temperature.
         options = {} if temperature == 1.0 else {"temperature": temperature}
@@ -160,7 +156,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(
             f"{path} is not a readable checkpoint (truncated, or no checkpoint at all): {reason}"
@@ -194,4 +190,7 @@ def _build(config: Any) -> Any:
     if not (isinstance(target, type) and issubclass(target, nn.Module)):
         raise ValueError(f"expected the name of a layer or flow, got {name}.")
     arguments = {key: _build(value) for key, value in (config.get("init_args") or {}).items()}
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be built from {arguments}: {error}") from None

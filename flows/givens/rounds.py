@@ -6,7 +6,6 @@ backward pass un-rotates the output and its gradient together, so that memory do
 depend on the number of rounds (README.md).
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +36,9 @@ def matrix(angles: Tensor, schedule: Schedule) -> Tensor:
 
 
 def _apply(state: Tensor, angles: Tensor, schedule: Schedule, inverse: bool) -> Tensor:
-    function = _Rotate if torch.compiler.is_compiling() else _RotateForwardMode
-    return function.apply(state, angles, schedule, inverse)
+    # The compiler derives a backward pass of its own, and decides itself what to keep.
+    function = _Rotate.forward if torch.compiler.is_compiling() else _Rotate.apply
+    return function(state, angles, schedule, inverse)
 
 
 class _Round(NamedTuple):
@@ -49,7 +49,6 @@ class _Round(NamedTuple):
     j: Tensor  # (planes,)
 
 
-@lru_cache(maxsize=64)
 def _rounds(schedule: Schedule, device: torch.device, dtype: torch.dtype) -> tuple[_Round, ...]:
     """The schedule as index tensors on a device, first round first."""
     n, rounds, count = schedule.dim, len(schedule), schedule.num_angles
@@ -76,7 +75,10 @@ class _Turns:
     """The rotations of one set of rounds, ready to be applied forwards or backwards."""
 
     def __init__(self, angles: Tensor, schedule: Schedule) -> None:
-        self.rounds = _rounds(schedule, angles.device, angles.dtype)
+        key = ("rounds", angles.device, angles.dtype)
+        self.rounds = schedule.remember(
+            key, lambda: _rounds(schedule, angles.device, angles.dtype)
+        )
         # The extra row holds for axes that rest in a round.
         self.cos = torch.cat([angles.cos(), torch.ones_like(angles[:1])]).unsqueeze(-1)
         self.sin = torch.cat([angles.sin(), torch.zeros_like(angles[:1])]).unsqueeze(-1)
@@ -114,21 +116,17 @@ class _Rotate(torch.autograd.Function):
         # incoming gradient, and a second backward runs through this code.
         y, angles = ctx.saved_tensors
         turns = _Turns(angles, ctx.schedule)
-        columns = y.shape[-1]
         both = torch.cat([y, grad], dim=-1)
         grads = []
         for turn in turns.order(inverse=not ctx.inverse):
-            y, grad = both.split(columns, dim=-1)
+            y, grad = both.tensor_split(2, dim=-1)
             # dy_i/dt = -y_j and dy_j/dt = y_i, so dL/dt = sum of y_i g_j - y_j g_i.
             products = (y * grad.index_select(0, turn.partner)).sum(-1)
             grads.append(products.index_select(0, turn.i) - products.index_select(0, turn.j))
             both = turns.apply(both, turn, inverse=not ctx.inverse)
         grad_angles = torch.cat(grads if ctx.inverse else grads[::-1])
-        return both[..., columns:], -grad_angles if ctx.inverse else grad_angles, None, None
-
-
-class _RotateForwardMode(_Rotate):
-    """The same with a forward-mode derivative, a class of its own as the compiler refuses one."""
+        grad = both[..., y.shape[-1] :]
+        return grad, -grad_angles if ctx.inverse else grad_angles, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dangles: Tensor | None, *_: None) -> Tensor:

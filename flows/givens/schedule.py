@@ -5,12 +5,12 @@ rotations what a Butcher tableau is to an ODE solver: everything else reads it.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 __all__ = [
     "Schedule",
@@ -37,6 +37,7 @@ class Schedule:
         dim: Number of axes.
         planes: All planes, first round first; int64, shape (num_angles, 2).
         round_sizes: Number of planes in each round.
+        round_of_plane: Round of each plane; int64, shape (num_angles,).
         name: How the schedule was made.
     """
 
@@ -65,9 +66,13 @@ class Schedule:
         if len(planes) == 0:
             raise ValueError(f"a schedule must keep at least one plane, {name} keeps none.")
         self.dim = dim
-        self.planes = torch.from_numpy(np.ascontiguousarray(planes, np.int64))
         self.round_sizes = tuple(sizes)
+        # A schedule made in inference mode must serve gradients later.
+        with torch.inference_mode(False):
+            self.planes = torch.from_numpy(np.ascontiguousarray(planes, np.int64))
+            self.round_of_plane = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
         self.name = name
+        self._derived: dict[Hashable, Any] = {}
 
     @classmethod
     def _from_rounds(cls, dim: int, planes: np.ndarray, rounds: np.ndarray, name: str):
@@ -89,11 +94,6 @@ class Schedule:
         planes = iter(map(tuple, self.planes.tolist()))
         return tuple(tuple(next(planes) for _ in range(size)) for size in self.round_sizes)
 
-    @cached_property
-    def round_of_plane(self) -> Tensor:
-        """Round of each plane; int64, shape (num_angles,)."""
-        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.round_sizes))
-
     def __len__(self) -> int:
         return len(self.round_sizes)
 
@@ -105,6 +105,16 @@ class Schedule:
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """Something derived from the schedule, such as index tensors; built once, never saved."""
+        if key not in self._derived:
+            with torch.inference_mode(False):
+                self._derived[key] = build()
+        return self._derived[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_derived": {}}
 
     def __deepcopy__(self, memo: dict) -> "Schedule":
         return self
@@ -120,7 +130,7 @@ class Schedule:
 
     def between(self, a: Collection[int], b: Collection[int]) -> "Schedule":
         """Only planes joining an axis of ``a`` with one of ``b``, two disjoint index sets."""
-        a, b = sorted(set(a)), sorted(set(b))
+        a, b = (sorted({int(axis) for axis in axes}) for axes in (a, b))
         if set(a) & set(b) or not set(a + b) <= set(range(self.dim)):
             raise ValueError(
                 f"a and b must be disjoint sets of axes below {self.dim}, got {a} and {b}."

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from flows.checks import check_at_least
+
 __all__ = ["ConvNet"]
 
 
@@ -31,6 +33,7 @@ class ConvNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_at_least(1, hidden_features=hidden_features)
         self.layers = nn.Sequential(
             nn.Conv2d(in_features, hidden_features, 3, padding=1),
             nn.SiLU(),

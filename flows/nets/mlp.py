@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from flows.checks import check_at_least
+
 __all__ = ["MLP"]
 
 
@@ -34,6 +36,8 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_at_least(1, hidden_features=hidden_features)
+        check_at_least(0, blocks=blocks, context_features=context_features)
         self.context_features = context_features
         self.first = nn.Linear(in_features + context_features, hidden_features)
         self.blocks = nn.ModuleList(

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Literal
 
+from flows.checks import check_at_least
 from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import ConvNet
@@ -57,8 +58,7 @@ class Glow(Flow):
         dropout: float = 0.0,
     ) -> None:
         shape = tuple(shape)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}.")
+        check_at_least(1, steps=steps)
         if coupling not in ("spline", "affine"):
             raise ValueError(f"coupling must be 'spline' or 'affine', got {coupling!r}.")
         if marginals not in ("logit", "empirical"):

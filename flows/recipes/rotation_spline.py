@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from flows.checks import check_at_least
 from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MLP
@@ -42,10 +43,8 @@ class RotationSplineFlow(Flow):
         blocks: int = 2,
         context_features: int = 0,
     ) -> None:
-        if features < 2:
-            raise ValueError(f"features must be at least 2, got {features}.")
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}.")
+        check_at_least(2, features=features)
+        check_at_least(1, layers=layers)
         net = partial(
             MLP,
             hidden_features=hidden_features,

@@ -45,7 +45,9 @@ class RunCLI(LightningCLI):
         if self.resumed_from is None and default_config is None and not _asks_for_help(args):
             raise ValueError("expected --ckpt_path PATH, the checkpoint to use, got none.")
         if not any(re.match(r"(-c|--config)(=|$)", arg) for arg in args):
-            config = self._config_beside(self.resumed_from) if self.resumed_from else default_config
+            config = (
+                self._config_beside(self.resumed_from) if self.resumed_from else default_config
+            )
             args = args if config is None else ["--config", config, *args]
         super().__init__(
             DensityEstimator,

@@ -7,9 +7,9 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
+from flows.checks import check_at_least, check_positive
 from flows.flow import Flow
 from flows.objectives import bits_per_dim
-from flows.transforms.base import check_positive
 
 __all__ = ["DensityEstimator"]
 
@@ -42,11 +42,9 @@ class DensityEstimator(LightningModule):
     ) -> None:
         super().__init__()
         check_positive(lr=lr)
-        if warmup_steps < 0 or weight_decay < 0 or initial_rows < 0:
-            raise ValueError(
-                "warmup_steps, weight_decay and initial_rows must not be negative, got "
-                f"{warmup_steps}, {weight_decay} and {initial_rows}."
-            )
+        check_at_least(
+            0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows
+        )
         self.flow = flow
         self.lr = lr
         self.warmup_steps = warmup_steps

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from flows import plots
+from flows.checks import check_at_least
 from flows.flow import load
 from flows.transforms import Dequantize
 
@@ -34,8 +35,7 @@ def write_samples(
         The file written.
     """
     path = Path(path).expanduser()
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_at_least(1, num_samples=num_samples)
     flow = load(path)
     torch.manual_seed(seed)
     with torch.no_grad():

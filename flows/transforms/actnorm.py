@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from flows.transforms.base import Transform, check_features, check_positive
+from flows.checks import check_at_least
+from flows.transforms.base import Transform, check_features
 
 __all__ = ["ActNorm"]
 
@@ -28,7 +29,7 @@ class ActNorm(Transform):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        check_positive(features=features)
+        check_at_least(1, features=features)
         self.features = features
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.shift = nn.Parameter(torch.zeros(features))

@@ -12,7 +12,6 @@ __all__ = [
     "InverseNotAvailable",
     "Transform",
     "check_features",
-    "check_positive",
     "check_unit_interval",
     "sum_features",
 ]
@@ -23,13 +22,6 @@ def check_features(inputs: Tensor, features: int, *, axis: int = 1) -> None:
     if inputs.ndim < 2 or inputs.shape[axis] != features:
         shape = tuple(inputs.shape)
         raise ValueError(f"inputs must have {features} features on axis {axis}, got {shape}.")
-
-
-def check_positive(**values: float) -> None:
-    """Refuse named values that are not greater than zero."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}.")
 
 
 def check_unit_interval(inputs: Tensor) -> None:

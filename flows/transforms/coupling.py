@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flows.transforms.base import Transform, check_features, check_positive, sum_features
+from flows.checks import check_at_least, check_positive
+from flows.transforms.base import Transform, check_features, sum_features
 from flows.transforms.spline import rational_quadratic_spline, spline_parameters
 
 __all__ = ["AffineCoupling", "Coupling", "SplineCoupling"]
@@ -28,8 +29,7 @@ class Coupling(Transform):
         self, features: int, net: Callable[[int, int], nn.Module], parameters: int, flip: bool
     ) -> None:
         super().__init__()
-        if features < 2:
-            raise ValueError(f"features must be at least 2, got {features}.")
+        check_at_least(2, features=features)
         self.features = features
         self.parameters_per_feature = parameters
         self.flip = flip

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flows.checks import check_at_least
 from flows.transforms.base import Transform, check_unit_interval
 
 __all__ = ["Dequantize"]
@@ -28,14 +29,15 @@ class Dequantize(Transform):
 
     def __init__(self, grey_levels: int = 256) -> None:
         super().__init__()
-        if grey_levels < 2:
-            raise ValueError(f"grey_levels must be at least 2, got {grey_levels}.")
+        check_at_least(2, grey_levels=grey_levels)
         self.grey_levels = grey_levels
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_unit_interval(inputs)
-        # Rounding may carry the sum past the upper edge of the last bin.
-        noisy = (inputs + torch.rand_like(inputs) / self.grey_levels).clamp_max(1)
+        # Near the edges rounding would carry the sum into a neighbouring bin.
+        margin = 2 * self.grey_levels * torch.finfo(inputs.dtype).eps
+        noise = torch.rand_like(inputs).clamp(margin, 1 - margin)
+        noisy = inputs + noise / self.grey_levels
         return noisy, inputs.new_zeros(len(inputs))
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

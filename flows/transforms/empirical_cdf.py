@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from flows.checks import check_at_least, check_positive
 from flows.transforms.base import Transform, check_unit_interval, sum_features
 
 __all__ = ["EmpiricalCDF"]
@@ -34,10 +35,8 @@ class EmpiricalCDF(Transform):
         self, shape: int | tuple[int, ...], *, bins: int = 256, smoothing: float = 0.1
     ) -> None:
         super().__init__()
-        if bins < 2:
-            raise ValueError(f"bins must be at least 2, got {bins}.")
-        if not smoothing > 0:
-            raise ValueError(f"smoothing must be greater than 0, got {smoothing}.")
+        check_at_least(2, bins=bins)
+        check_positive(smoothing=smoothing)
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.bins = bins
         self.smoothing = smoothing

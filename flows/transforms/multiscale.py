@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from flows.transforms.base import Transform, check_features
 
@@ -26,7 +25,11 @@ class Squeeze(Transform):
                 "inputs must be images (batch, channels, height, width) of even height and "
                 f"width, got {tuple(inputs.shape)}."
             )
-        return functional.pixel_unshuffle(inputs, 2), inputs.new_zeros(len(inputs))
+        batch, channels, height, width = inputs.shape
+        patches = inputs.reshape(batch, channels, height // 2, 2, width // 2, 2)
+        outputs = patches.permute(0, 1, 3, 5, 2, 4)
+        outputs = outputs.reshape(batch, 4 * channels, height // 2, width // 2)
+        return outputs, inputs.new_zeros(len(inputs))
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if inputs.ndim != 4 or inputs.shape[1] % 4:
@@ -34,7 +37,11 @@ class Squeeze(Transform):
                 "inputs must be images (batch, channels, height, width) with a multiple of "
                 f"four channels, got {tuple(inputs.shape)}."
             )
-        return functional.pixel_shuffle(inputs, 2), inputs.new_zeros(len(inputs))
+        batch, channels, height, width = inputs.shape
+        patches = inputs.reshape(batch, channels // 4, 2, 2, height, width)
+        outputs = patches.permute(0, 1, 4, 2, 5, 3)
+        outputs = outputs.reshape(batch, channels // 4, 2 * height, 2 * width)
+        return outputs, inputs.new_zeros(len(inputs))
 
 
 class Multiscale(Transform):

@@ -1,14 +1,15 @@
 """Learnable rotations of feature vectors and of image channels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flows import givens
-from flows.transforms.base import Transform, check_features, check_positive
+from flows.checks import check_at_least, check_positive
+from flows.transforms.base import Transform, check_features
 
 __all__ = ["Rotation", "Rotation1x1"]
 
@@ -54,8 +55,7 @@ class Rotation(Transform):
         ties: Ties | None = None,
     ) -> None:
         super().__init__()
-        if features < 2:
-            raise ValueError(f"features must be at least 2, got {features}.")
+        check_at_least(2, features=features)
         if angle_limit is not None:
             check_positive(angle_limit=angle_limit)
         self.features = features
@@ -97,9 +97,8 @@ class Rotation(Transform):
 
         Optimizer moments and averages of the angles must restart with it.
         """
-        # In float64, so that repeated folding does not wear off orthogonality.
         turned = givens.matrix(self.angles.double(), self.schedule)
-        self.base.copy_(self.base.double() @ turned)
+        self.base.copy_(_nearest_orthogonal(self.base.double() @ turned))
         self._restart()
 
     @torch.no_grad()
@@ -108,9 +107,29 @@ class Rotation(Transform):
         if not self.schedule.name.startswith("cosine_sine"):
             self.raw_angles.zero_()
             return
-        self.raw_angles.uniform_(-math.pi, math.pi)
+        # Within the limit, where its derivative is not yet small.
+        widest = math.pi if self.angle_limit is None else min(math.pi, self.angle_limit)
+        self.raw_angles.uniform_(-widest, widest)
         turned = givens.matrix(self.angles.double(), self.schedule)
         self.base.copy_(self.base.double() @ turned.mT)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
+        super()._apply(fn, recurse)
+        self._sharpen_base()
+        return self
+
+    @torch.no_grad()
+    def _sharpen_base(self) -> None:
+        """Orthogonalize a base that came from a coarser dtype; leave others bit for bit."""
+        if self.base.is_meta:
+            return
+        identity = torch.eye(self.features, dtype=self.base.dtype, device=self.base.device)
+        error = (self.base @ self.base.mT - identity).abs().max()
+        if (
+            torch.finfo(self.base.dtype).eps < 1e-6
+            and error > 1e2 * torch.finfo(self.base.dtype).eps
+        ):
+            self.base.copy_(_nearest_orthogonal(self.base))
 
     def get_extra_state(self) -> Tensor:
         """The schedule's name as bytes: a tensor, so that every weight format can hold it."""
@@ -122,6 +141,7 @@ class Rotation(Transform):
             raise ValueError(
                 f"these weights belong to the schedule {name}, the layer has {self.schedule}."
             )
+        self._sharpen_base()
 
     def extra_repr(self) -> str:
         return f"features={self.features}, schedule={self.schedule}, angles={len(self.raw_angles)}"
@@ -197,6 +217,14 @@ def _groups(ties: Ties | None, schedule: givens.Schedule) -> Tensor | None:
     return groups.long()
 
 
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of a nearly orthogonal matrix, by Newton's iteration in float64."""
+    q = matrix.double()
+    for _ in range(8):
+        q = 1.5 * q - 0.5 * q @ (q.mT @ q)
+    return q.to(matrix.dtype)
+
+
 def _initial_matrix(init: Init, features: int) -> Tensor:
     """The orthogonal matrix that ``init`` asks for, in the default dtype."""
     dtype = torch.get_default_dtype()
@@ -213,7 +241,7 @@ def _initial_matrix(init: Init, features: int) -> Tensor:
                     "init must be orthogonal, Q Q^T = I; "
                     f"its largest error is {error.abs().max():.2g}."
                 )
-            return init.detach().to(dtype, copy=True)
+            return _nearest_orthogonal(init.detach().double()).to(dtype)
         case "identity":
             return torch.eye(features)
         case "permutation":

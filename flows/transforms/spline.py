@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flows.transforms.base import Transform, check_features, check_positive, sum_features
+from flows.checks import check_at_least, check_positive
+from flows.transforms.base import Transform, check_features, sum_features
 
 __all__ = ["ElementwiseSpline", "rational_quadratic_spline", "spline_parameters"]
 
@@ -17,8 +18,7 @@ MIN_SLOPE = 1e-3
 
 def spline_parameters(bins: int) -> int:
     """Unconstrained parameters of one spline: widths, heights and the inner knots' slopes."""
-    if bins < 2:
-        raise ValueError(f"bins must be at least 2, got {bins}.")
+    check_at_least(2, bins=bins)
     return 3 * bins - 1
 
 
@@ -118,7 +118,8 @@ class ElementwiseSpline(Transform):
 
     def __init__(self, features: int, *, bins: int = 8, tail_bound: float = 5.0) -> None:
         super().__init__()
-        check_positive(features=features, tail_bound=tail_bound)
+        check_at_least(1, features=features)
+        check_positive(tail_bound=tail_bound)
         self.features = features
         self.bins = bins
         self.tail_bound = tail_bound

@@ -515,6 +515,7 @@ BAD = {
         with_changes(x=torch.zeros(4, 2)),
         r"x must end in 4 entries, as crossing\(4\) does, got \(4, 2\)",
     ),
+    "last axis too long": (with_changes(x=torch.zeros(2, 5)), r"got \(2, 5\)"),
     "no axis": (with_changes(x=torch.zeros(())), r"x must end in 4 entries.* got \(\)"),
     "angles for other rows": (
         with_changes(angles=torch.zeros(3, 6)),
