@@ -1,6 +1,6 @@
 """Normalizing flows built on exact rotations parametrized by angles."""
 
-from flows import distributions, givens, nets, recipes, transforms
+from flows import distributions, givens, householder, nets, recipes, transforms
 from flows.flow import Flow, load
 from flows.objectives import bits_per_dim
 from flows.transforms import (
@@ -10,6 +10,7 @@ from flows.transforms import (
     Dequantize,
     ElementwiseSpline,
     EmpiricalCDF,
+    HouseholderRotation,
     Logit,
     Multiscale,
     Rotation,
@@ -28,6 +29,7 @@ __all__ = [
     "ElementwiseSpline",
     "EmpiricalCDF",
     "Flow",
+    "HouseholderRotation",
     "Logit",
     "Multiscale",
     "Rotation",
@@ -37,6 +39,7 @@ __all__ = [
     "bits_per_dim",
     "distributions",
     "givens",
+    "householder",
     "load",
     "nets",
     "recipes",

@@ -193,4 +193,5 @@ def _build(config: Any) -> Any:
     try:
         return target(**arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be built from {arguments}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be built from its init_args: {reason}") from None

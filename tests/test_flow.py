@@ -110,7 +110,7 @@ def test_temperature_scales_the_noise():
 def test_negative_numbers_are_refused(num_samples, temperature):
     flow = Flow(Rotation(2), Normal(2))
     for draw in (flow.sample, flow.sample_and_log_prob):
-        with pytest.raises(ValueError, match="must not be negative, got "):
+        with pytest.raises(ValueError, match="^[a-z_]+ must be at least 0, got "):
             draw(num_samples, temperature=temperature)
 
 
@@ -149,6 +149,14 @@ def test_conditional_distributions_of_nflows_work():
     assert samples.shape == (3, 5, 2)
     expected = flow.log_prob(samples[1], context[1].expand(5, -1))
     torch.testing.assert_close(log_prob[1], expected)
+
+
+def test_samples_belong_to_the_context_of_their_row():
+    # The context is mean and log deviation of the noise, here next to nothing.
+    means = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    context = torch.cat([means, torch.full((3, 2), -20.0)], dim=1)
+    samples = Flow(Rotation(2), ConditionalDiagonalNormal([2])).sample(4, context)
+    torch.testing.assert_close(samples, means[:, None].expand(3, 4, 2))
 
 
 def test_context_passes_the_embedding_net_first():

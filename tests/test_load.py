@@ -191,8 +191,18 @@ def test_weights_of_another_architecture_are_refused(tmp_path, options):
 def test_arguments_that_the_class_does_not_take_are_refused(tmp_path, options):
     # As another version of this library may have written them.
     config = {**CONFIG, "init_args": {**OPTIONS, **options}}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as error:
         flows.load(written(tmp_path, checkpoint(trained(), flow_config=config)))
+    assert next(iter(options)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_argument_beside_built_parts_is_refused_in_one_line(tmp_path):
+    rotation = {"class_path": "flows.Rotation", "init_args": {"features": 2}}
+    chain = {"class_path": "flows.Composite", "init_args": {"transforms": [rotation]}}
+    config = {"class_path": "flows.Flow", "init_args": {"transform": chain, "scale": 2}}
+    with pytest.raises(ValueError, match="scale") as error:
+        flows.load(written(tmp_path, checkpoint(trained(), flow_config=config)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ def test_glow_is_made_of_its_arguments():
     affine, spline = (Glow(coupling=name, dropout=0.25, **GLOW) for name in ("affine", "spline"))
     assert count(affine, AffineCoupling) == count(affine, Rotation1x1) == 4
     assert count(spline, SplineCoupling) == 4 and count(spline, AffineCoupling) == 0
+    flips = [m.flip for m in affine.modules() if isinstance(m, AffineCoupling)]
+    assert flips == [False, True, False, True]  # successive steps exchange the halves
     assert {m.p for m in affine.modules() if isinstance(m, nn.Dropout2d)} == {0.25}
     empirical = Glow(marginals="empirical", **GLOW)
     assert count(affine, Logit) == count(empirical, EmpiricalCDF) == 1

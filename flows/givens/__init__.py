@@ -1,6 +1,7 @@
 """Orthogonal matrices and rotations from angles: plain functions on tensors."""
 
 from flows.givens.dispatch import IMPLS, matrix, rotate
+from flows.givens.recover import recover
 from flows.givens.schedule import (
     Schedule,
     butterfly,
@@ -20,6 +21,7 @@ __all__ = [
     "hurwitz",
     "matrix",
     "odd_even",
+    "recover",
     "rotate",
     "round_robin",
 ]

@@ -6,6 +6,7 @@ from flows.transforms.composite import Composite
 from flows.transforms.coupling import AffineCoupling, Coupling, SplineCoupling
 from flows.transforms.dequantize import Dequantize
 from flows.transforms.empirical_cdf import EmpiricalCDF
+from flows.transforms.householder import HouseholderRotation
 from flows.transforms.logit import Logit
 from flows.transforms.multiscale import Multiscale, Squeeze
 from flows.transforms.rotation import Rotation, Rotation1x1
@@ -19,6 +20,7 @@ __all__ = [
     "Dequantize",
     "ElementwiseSpline",
     "EmpiricalCDF",
+    "HouseholderRotation",
     "InputOutsideDomain",
     "InverseNotAvailable",
     "Logit",

@@ -53,7 +53,7 @@ class ActNorm(Transform):
 
     def _logabsdet(self, inputs: Tensor) -> Tensor:
         positions = inputs[0, 0].numel() if len(inputs) else 1
-        return inputs.new_zeros(len(inputs)) + positions * self.log_scale.sum()
+        return inputs.new_zeros(inputs.shape[0]) + positions * self.log_scale.sum()
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:

@@ -24,14 +24,14 @@ class Composite(Transform):
         self.transforms = nn.ModuleList(transforms)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = inputs.new_zeros(len(inputs))
+        total = inputs.new_zeros(inputs.shape[0])
         for transform in self.transforms:
             inputs, logabsdet = transform(inputs, context)
             total = total + logabsdet
         return inputs, total
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = inputs.new_zeros(len(inputs))
+        total = inputs.new_zeros(inputs.shape[0])
         for transform in reversed(self.transforms):
             inputs, logabsdet = transform.inverse(inputs, context)
             total = total + logabsdet

@@ -38,11 +38,11 @@ class Dequantize(Transform):
         margin = 2 * self.grey_levels * torch.finfo(inputs.dtype).eps
         noise = torch.rand_like(inputs).clamp(margin, 1 - margin)
         noisy = inputs + noise / self.grey_levels
-        return noisy, inputs.new_zeros(len(inputs))
+        return noisy, inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         bins = (inputs * self.grey_levels).floor().clamp(0, self.grey_levels - 1)
-        return bins / self.grey_levels, inputs.new_zeros(len(inputs))
+        return bins / self.grey_levels, inputs.new_zeros(inputs.shape[0])
 
     def extra_repr(self) -> str:
         return f"grey_levels={self.grey_levels}"

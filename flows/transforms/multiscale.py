@@ -29,7 +29,7 @@ class Squeeze(Transform):
         patches = inputs.reshape(batch, channels, height // 2, 2, width // 2, 2)
         outputs = patches.permute(0, 1, 3, 5, 2, 4)
         outputs = outputs.reshape(batch, 4 * channels, height // 2, width // 2)
-        return outputs, inputs.new_zeros(len(inputs))
+        return outputs, inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if inputs.ndim != 4 or inputs.shape[1] % 4:
@@ -41,7 +41,7 @@ class Squeeze(Transform):
         patches = inputs.reshape(batch, channels // 4, 2, 2, height, width)
         outputs = patches.permute(0, 1, 4, 2, 5, 3)
         outputs = outputs.reshape(batch, channels // 4, 2 * height, 2 * width)
-        return outputs, inputs.new_zeros(len(inputs))
+        return outputs, inputs.new_zeros(inputs.shape[0])
 
 
 class Multiscale(Transform):
@@ -94,7 +94,7 @@ class Multiscale(Transform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if tuple(inputs.shape[1:]) != self.shape:
             raise ValueError(f"inputs must be images {self.shape}, got {tuple(inputs.shape[1:])}.")
-        finished, total = [], inputs.new_zeros(len(inputs))
+        finished, total = [], inputs.new_zeros(inputs.shape[0])
         for level, transform in enumerate(self.transforms):
             hidden, logabsdet = transform(self.squeeze(inputs)[0], context)
             total = total + logabsdet
@@ -109,7 +109,7 @@ class Multiscale(Transform):
         check_features(inputs, math.prod(self.shape))
         sizes = [math.prod(shape) // 2 for shape in self.level_shapes]
         sizes[-1] *= 2
-        total, images = inputs.new_zeros(len(inputs)), None
+        total, images = inputs.new_zeros(inputs.shape[0]), None
         levels = zip(self.transforms, self.level_shapes, inputs.split(sizes, 1), strict=True)
         for transform, (_, height, width), done in reversed(list(levels)):
             hidden = done.unflatten(1, (-1, height, width))

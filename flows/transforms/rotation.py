@@ -85,11 +85,11 @@ class Rotation(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features, axis=-1)
-        return inputs @ self.matrix().mT, inputs.new_zeros(len(inputs))
+        return inputs @ self.matrix().mT, inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features, axis=-1)
-        return inputs @ self.matrix(), inputs.new_zeros(len(inputs))
+        return inputs @ self.matrix(), inputs.new_zeros(inputs.shape[0])
 
     @torch.no_grad()
     def recenter(self) -> None:
@@ -194,7 +194,7 @@ class Rotation1x1(Transform):
     def _mix(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.rotation.features)
         outputs = nn.functional.conv2d(inputs, weight[:, :, None, None])
-        return outputs, inputs.new_zeros(len(inputs))
+        return outputs, inputs.new_zeros(inputs.shape[0])
 
 
 def _groups(ties: Ties | None, schedule: givens.Schedule) -> Tensor | None:

@@ -87,5 +87,5 @@ def test_float32_statistics_do_not_drown_in_a_large_mean():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"^features must be greater than 0, got 0\.$"):
+    with pytest.raises(ValueError, match=r"^features must be at least 1, got 0\.$"):
         ActNorm(0)

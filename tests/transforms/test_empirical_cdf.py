@@ -91,13 +91,14 @@ def test_ends_of_the_interval_map_to_finite_noise(dtype):
 
 
 def test_inverse_stays_in_the_unit_interval():
-    layer = EmpiricalCDF(100, bins=256)  # masses that sum to a little less than 1, or more
-    layer(torch.rand(50, 100) ** 2)
+    # Last bins so light that the rounding of the masses before them counts.
+    layer = EmpiricalCDF(100, bins=256)
+    layer(torch.rand(2000, 100) ** 8)
     far = torch.tensor([-math.inf, -40.0, -6.0, 0.0, 6.0, 40.0, math.inf])
     x, _ = layer.inverse(far[:, None].expand(-1, 100))
     assert 0 <= x.min() and x.max() <= 1 and (x.diff(dim=0) >= 0).all()
     expected = torch.tensor([[0.0], [1.0]]).expand(2, 100)
-    torch.testing.assert_close(x[[0, -1]], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(x[[0, -1]], expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("value", [-1e-3, 1.001, math.nan, math.inf])

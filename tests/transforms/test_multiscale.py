@@ -100,6 +100,7 @@ def test_context_reaches_every_level():
     ("shape", "levels", "message"),
     [
         ((1, 6, 8), 2, "2 levels need height and width divisible by 4, got 6 x 8"),
+        ((1, 8, 6), 2, "2 levels need height and width divisible by 4, got 8 x 6"),
         ((1, 28, 28), 3, "3 levels need height and width divisible by 8, got 28 x 28"),
         ((8, 8), 1, "channels, height, width"),
         ((1, 8, 8), 0, "at least one level, got"),
