@@ -132,7 +132,7 @@ def load(path: str | Path, flow: Flow | None = None) -> Flow:
     weights = {
         name.removeprefix(prefix): value
         for name, value in checkpoint["state_dict"].items()
-        if name.startswith(prefix)
+        if str(name).startswith(prefix)
     }
     try:
         flow.load_state_dict(weights)
@@ -156,6 +156,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(

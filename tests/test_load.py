@@ -191,9 +191,9 @@ def test_weights_of_another_architecture_are_refused(tmp_path, options):
 def test_arguments_that_the_class_does_not_take_are_refused(tmp_path, options):
     # As another version of this library may have written them.
     config = {**CONFIG, "init_args": {**OPTIONS, **options}}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="RotationSplineFlow cannot be built from ") as error:
         flows.load(written(tmp_path, checkpoint(trained(), flow_config=config)))
-    assert next(iter(options)) in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_bad_argument_beside_built_parts_is_refused_in_one_line(tmp_path):

@@ -61,7 +61,10 @@ class ActNorm(Transform):
             return
         columns = inputs.movedim(1, 0).flatten(1).double()
         mean, deviation = columns.mean(1), columns.std(1, correction=0)
-        log_scale = torch.where(deviation > 1e-6, -deviation.log(), 0.0)
+        if not (mean.isfinite().all() and deviation.isfinite().all()):
+            raise ValueError("the first batch of an ActNorm must be finite, got NaN or infinity.")
+        # A constant feature deviates by no more than rounding.
+        log_scale = torch.where(deviation > 1e-6 * mean.abs(), -deviation.log(), 0.0)
         self.log_scale.copy_(log_scale)
         self.shift.copy_(-mean * log_scale.exp())
         self.initialized.fill_(True)

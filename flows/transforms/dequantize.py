@@ -35,14 +35,22 @@ class Dequantize(Transform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_unit_interval(inputs)
         # Near the edges rounding would carry the sum into a neighbouring bin.
-        margin = 2 * self.grey_levels * torch.finfo(inputs.dtype).eps
+        margin = self.grey_levels * torch.finfo(inputs.dtype).eps
+        if margin > 1e-2:
+            raise ValueError(
+                f"{self.grey_levels} grey levels need inputs finer than {inputs.dtype}."
+            )
         noise = torch.rand_like(inputs).clamp(margin, 1 - margin)
         noisy = inputs + noise / self.grey_levels
         return noisy, inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        bins = (inputs * self.grey_levels).floor().clamp(0, self.grey_levels - 1)
-        return bins / self.grey_levels, inputs.new_zeros(inputs.shape[0])
+        levels = self.grey_levels
+        bins = (inputs * levels).floor()
+        # The product rounds: the edges themselves decide.
+        bins = bins + ((bins + 1) / levels <= inputs).to(bins)
+        bins = (bins - (bins / levels > inputs).to(bins)).clamp(0, levels - 1)
+        return bins / levels, inputs.new_zeros(inputs.shape[0])
 
     def extra_repr(self) -> str:
         return f"grey_levels={self.grey_levels}"

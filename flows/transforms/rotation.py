@@ -193,6 +193,11 @@ class Rotation1x1(Transform):
 
     def _mix(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.rotation.features)
+        if inputs.ndim != 4:
+            raise ValueError(
+                "inputs must be images (batch, channels, height, width), "
+                f"got {tuple(inputs.shape)}."
+            )
         outputs = nn.functional.conv2d(inputs, weight[:, :, None, None])
         return outputs, inputs.new_zeros(inputs.shape[0])
 
