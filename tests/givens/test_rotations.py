@@ -401,6 +401,18 @@ def test_function_transforms_of_the_angles_agree_with_the_reference(impl, compos
 
 
 @every_fast
+@pytest.mark.xfail(reason="PyTorch: wrong through any custom function, seen with 2.13")
+def test_forward_over_forward_agrees_with_the_reference(impl):
+    schedule = givens.crossing(3)
+    angles = torch.randn(3, dtype=torch.float64)
+
+    def second(impl):
+        return jacfwd(jacfwd(lambda a: givens.matrix(a, schedule, impl=impl)))(angles)
+
+    torch.testing.assert_close(second(impl), second("reference"))
+
+
+@every_fast
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)], ids=["x", "angles", "both"])
 def test_vmap_equals_a_loop(impl, mapped):
     schedule = givens.crossing(4)

@@ -156,6 +156,17 @@ def test_round_robin_of_odd_size_is_a_reduced_word():
         assert run_wires(givens.round_robin(n).planes.tolist(), wires) == wires[::-1], n
 
 
+@pytest.mark.parametrize("name", ["odd_even", "hurwitz", "round_robin"])
+def test_blocks_of_a_reduced_word_are_reduced_words(name):
+    schedule = getattr(givens, name)(11).blocks(4)
+    for block in (range(4), range(4, 8), range(8, 11)):
+        planes = [plane for plane in schedule.planes.tolist() if plane[0] in block]
+        wires = list(block)
+        if name == "round_robin":
+            wires = [w for w in (p if p % 2 == 0 else 10 - p for p in range(11)) if w in block]
+        assert run_wires(planes, wires) == wires[::-1]
+
+
 @pytest.mark.parametrize(
     "schedule",
     [givens.crossing(5), givens.crossing(6), givens.round_robin(4), givens.round_robin(6)],

@@ -146,8 +146,8 @@ def test_bad_arguments_are_refused_in_plain_words(case):
 
 @each_schedule
 def test_forward_multiplies_by_w_and_inverse_by_its_transpose(schedule):
-    layer = learned(5, schedule(5), init="haar")
-    inputs = torch.randn(7, 5)
+    layer = learned(5, schedule(5), init="haar").double()
+    inputs = torch.randn(7, 5, dtype=torch.float64)
     outputs, _ = layer(inputs)
     turned = givens.rotate(inputs, layer.angles, layer.schedule)
     torch.testing.assert_close(outputs, turned @ layer.base.mT)
@@ -311,8 +311,10 @@ def test_keeps_the_dtype_it_is_moved_to():
     layer = learned(5, init="haar", ties="rounds", angle_limit=0.5).double()
     outputs, logabsdet = layer(torch.randn(2, 5, dtype=torch.float64))
     assert outputs.dtype == logabsdet.dtype == layer.matrix().dtype == torch.float64
+    assert defect(layer.matrix()) < 1e-14
     layer.recenter()
     assert layer.base.dtype == torch.float64
+    assert defect(layer.base) < 1e-14
 
 
 def test_repr_names_size_and_schedule():
