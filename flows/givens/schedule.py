@@ -7,6 +7,7 @@ rotations what a Butcher tableau is to an ODE solver: everything else reads it.
 import hashlib
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import cached_property, lru_cache
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -43,18 +44,21 @@ class Schedule:
 
     def __init__(self, dim: int, rounds: Iterable[Iterable[tuple[int, int]]]) -> None:
         _check_dim(dim)
-        rounds = [[(int(i), int(j)) for i, j in planes] for planes in rounds]
-        for index, planes in enumerate(rounds):
+        try:
+            rounds = [[(index(i), index(j)) for i, j in planes] for planes in rounds]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rounds must hold planes, pairs of integers: {error}.") from None
+        for number, planes in enumerate(rounds):
             seen: set[int] = set()
             for i, j in planes:
                 if not 0 <= i < j < dim:
                     raise ValueError(
                         f"planes must be (i, j) with 0 <= i < j < {dim}, "
-                        f"got ({i}, {j}) in round {index}."
+                        f"got ({i}, {j}) in round {number}."
                     )
                 if i in seen or j in seen:
                     raise ValueError(
-                        f"planes of one round must be disjoint, got {planes} in round {index}."
+                        f"planes of one round must be disjoint, got {planes} in round {number}."
                     )
                 seen |= {i, j}
         sizes = [len(planes) for planes in rounds if planes]
@@ -169,7 +173,7 @@ def _check_dim(n: int) -> None:
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
 
 

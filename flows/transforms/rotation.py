@@ -1,5 +1,6 @@
 """Learnable rotations of feature vectors and of image channels."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -58,6 +59,8 @@ class Rotation(Transform):
         check_at_least(2, features=features)
         if angle_limit is not None:
             check_positive(angle_limit=angle_limit)
+            if math.isinf(angle_limit):
+                raise ValueError("angle_limit must be finite, or None for no limit, got inf.")
         self.features = features
         self.schedule = givens.crossing(features) if schedule is None else schedule
         if self.schedule.dim != features:
@@ -80,8 +83,9 @@ class Rotation(Transform):
         return self.angle_limit * torch.tanh(angles / self.angle_limit)
 
     def matrix(self) -> Tensor:
-        """W, shape (features, features)."""
-        return self.base @ givens.matrix(self.angles, self.schedule)
+        """W, shape (features, features); in full precision under autocast, too."""
+        with torch.autocast(self.base.device.type, enabled=False):
+            return self.base @ givens.matrix(self.angles, self.schedule)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features, axis=-1)
@@ -131,15 +135,26 @@ class Rotation(Transform):
         ):
             self.base.copy_(_nearest_orthogonal(self.base))
 
+    @property
+    def _identity(self) -> str:
+        """What the parameters mean: the schedule, and limit and ties if there are any."""
+        parts = [self.schedule.name]
+        if self.angle_limit is not None:
+            parts.append(f"angle_limit={self.angle_limit:g}")
+        if self.groups is not None:
+            digest = hashlib.sha256(repr(self.groups.tolist()).encode()).hexdigest()[:16]
+            parts.append(f"ties={digest}")
+        return " ".join(parts)
+
     def get_extra_state(self) -> Tensor:
-        """The schedule's name as bytes: a tensor, so that every weight format can hold it."""
-        return torch.tensor(list(self.schedule.name.encode()), dtype=torch.uint8)
+        """The identity as bytes: a tensor, so that every weight format can hold it."""
+        return torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         name = bytes(state.tolist()).decode(errors="replace")
-        if name != self.schedule.name:
+        if name != self._identity:
             raise ValueError(
-                f"these weights belong to the schedule {name}, the layer has {self.schedule}."
+                f"these weights belong to the schedule {name}, the layer has {self._identity}."
             )
         self._sharpen_base()
 

@@ -320,3 +320,30 @@ def test_keeps_the_dtype_it_is_moved_to():
 def test_repr_names_size_and_schedule():
     expected = "Rotation(features=4, schedule=crossing(4).frame(2), angles=5)"
     assert repr(Rotation(4, givens.crossing(4).frame(2))) == expected
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [
+        (dict(angle_limit=0.5), dict(angle_limit=1.0)),
+        (dict(angle_limit=0.5), dict()),
+        (dict(ties=[0, 0, 1, 1, 2, 2]), dict(ties=[0, 1, 2, 0, 1, 2])),
+    ],
+    ids=str,
+)
+def test_weights_of_other_limits_or_ties_are_refused(saved, loading):
+    with pytest.raises(ValueError, match="these weights belong to"):
+        Rotation(4, **loading).load_state_dict(Rotation(4, **saved).state_dict())
+
+
+def test_the_matrix_stays_in_full_precision_under_autocast():
+    layer = Rotation(8, init="haar")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        w = layer.matrix()
+    assert w.dtype == torch.float32
+    torch.testing.assert_close(w, layer.matrix())
+
+
+def test_an_infinite_limit_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        Rotation(4, angle_limit=math.inf)
