@@ -75,6 +75,8 @@ def main(args: list[str]) -> None:
         print(__doc__.strip())
     elif args and args[0] in commands:
         commands[args[0]](args[1:])
+    elif args and not args[0].startswith("-"):
+        sys.exit(f"error: unknown command {args[0]}: expected {', '.join(commands)}")
     else:
         fit(args)
 

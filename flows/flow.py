@@ -136,7 +136,7 @@ def load(path: str | Path, flow: Flow | None = None) -> Flow:
     }
     try:
         flow.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reasons = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this flow: {reasons[:400]}") from None
     return flow.eval()

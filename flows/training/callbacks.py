@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from flows.training.files import write_atomically
 
-__all__ = ["EpochSeed", "Recorder"]
+__all__ = ["BestAndLast", "EpochSeed", "Recorder"]
 
 
 class EpochSeed(Callback):
@@ -37,6 +38,33 @@ class EpochSeed(Callback):
     on_test_epoch_start = on_validation_epoch_start
 
 
+class BestAndLast(ModelCheckpoint):
+    """Keeps ``best.ckpt``, by val/nll, and ``last.ckpt``, in a folder that may have been moved.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(
+            folder,
+            filename="best",
+            monitor="val/nll",
+            save_last=True,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Lightning forgets the best score of a folder that has another name than before.
+        best = Path(self.dirpath, "best.ckpt")
+        if best.exists():
+            score = state["best_model_score"]
+            here = {"dirpath": self.dirpath, "last_model_path": str(best.with_name("last.ckpt"))}
+            here |= {"best_model_path": str(best), "kth_best_model_path": str(best)}
+            super().load_state_dict(state | here | {"best_k_models": {str(best): score}})
+
+
 class Recorder(Callback):
     """Keeps the metrics of every epoch and writes them to ``metrics.csv``.
 
@@ -60,6 +88,10 @@ class Recorder(Callback):
     @property
     def seconds(self) -> float:
         return self._earlier + time.monotonic() - self._start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run is unfinished until it ends again.
+        (self.folder / "summary.json").unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}

@@ -5,21 +5,21 @@ import os
 import re
 import sys
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning import LightningDataModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from flows.flow import read_checkpoint
-from flows.training.callbacks import EpochSeed, Recorder
+from flows.training.callbacks import BestAndLast, EpochSeed, Recorder
 from flows.training.module import DensityEstimator
 from flows.training.run import finish, new_folder
 
@@ -31,7 +31,7 @@ class RunCLI(LightningCLI):
 
     The root is ``--trainer.default_root_dir``, ``runs`` if none is given; the experiment is
     the name of the config file. With ``--ckpt_path`` the config, unless another one is given,
-    and the folder are those of the checkpoint.
+    and the folder are those of the run that the checkpoint, or the run folder, belongs to.
 
     Args:
         args: Command line, without the subcommand.
@@ -41,14 +41,24 @@ class RunCLI(LightningCLI):
 
     def __init__(self, args: list[str], *, default_config: str | None = None) -> None:
         _quiet()
-        self.resumed_from = _checkpoint_path(args)
-        if self.resumed_from is None and default_config is None and not _asks_for_help(args):
+        checkpoint, config = _named_files(args)
+        self.resumed_from = None
+        self.beside: Path | None = None
+        if checkpoint is not None:
+            self.resumed_from = _existing(Path(checkpoint), default_config is not None)
+            read_checkpoint(self.resumed_from)
+            beside = self.resumed_from.parent / "config.yaml"
+            self.beside = beside if beside.is_file() else None
+            if config is None and self.beside is None:
+                raise FileNotFoundError(
+                    f"expected the run's config beside {checkpoint}, found no {beside}; "
+                    "name one with --config."
+                )
+        elif default_config is None and not _asks_for_help(args):
             raise ValueError("expected --ckpt_path PATH, the checkpoint to use, got none.")
-        if not any(re.match(r"(-c|--config)(=|$)", arg) for arg in args):
-            config = (
-                self._config_beside(self.resumed_from) if self.resumed_from else default_config
-            )
-            args = args if config is None else ["--config", config, *args]
+        if config is None:
+            config = self.beside or default_config
+            args = args if config is None else ["--config", str(config), *args]
         super().__init__(
             DensityEstimator,
             LightningDataModule,
@@ -65,18 +75,8 @@ class RunCLI(LightningCLI):
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
             },
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         )
-
-    @staticmethod
-    def _config_beside(checkpoint: Path) -> str:
-        config = checkpoint.parent / "config.yaml"
-        if not config.is_file():
-            raise FileNotFoundError(
-                f"expected the run's config beside {checkpoint}, found no {config}; "
-                "name one with --config."
-            )
-        return str(config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -92,22 +92,46 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        if self.config.ckpt_path is not None and self.resumed_from is None:
+            raise ValueError("ckpt_path belongs on the command line, got it in a config.")
+        if self.config.trainer.fast_dev_run:
+            raise ValueError(
+                "fast_dev_run leaves no run; for a short one use "
+                "--trainer.max_epochs=1 --trainer.limit_train_batches=1."
+            )
         if self.resumed_from is not None:
-            self.experiment = self.resumed_from.parent.parent.name
-            self.folder = self.resumed_from.parent
             _check_architecture(self.resumed_from, self._flow_config)
+        if self.beside is not None:
+            self.folder = self.beside.parent
+            self.experiment = self.folder.parent.name
+            self._check_data()
         else:
-            self.experiment = Path(str(self.config.config[-1])).stem
+            config = Path(str(self.config.config[-1])).resolve()
+            # The config of an earlier run stands in <experiment>/<time>/config.yaml.
+            earlier = config.name == "config.yaml"
+            self.experiment = config.parent.parent.name if earlier else config.stem
             root = self.config.trainer.default_root_dir or "runs"
             self.folder = new_folder(root, self.experiment)
-
         # The resolved config is saved as given: another run keeps its logs in its own folder.
         self.given = self.config.clone()
+        self.given.ckpt_path = None
         loggers = self.config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             arguments = getattr(logger, "init_args", None)
             if arguments is not None and arguments.get("save_dir", "") in (".", None):
                 arguments.save_dir = str(self.folder)
+
+    def _check_data(self) -> None:
+        """A resumed run keeps its data, or its numbers would belong to neither."""
+        saved, asked = (
+            yaml.safe_load(text).get("data")
+            for text in (self.beside.read_text(), self.parser.dump(self.config))
+        )
+        if saved != asked:
+            raise ValueError(
+                f"{self.resumed_from} was trained on other data: expected {_short(saved)}, "
+                f"got {_short(asked)}; start a new run instead."
+            )
 
     @property
     def _flow_config(self) -> dict[str, Any]:
@@ -119,17 +143,7 @@ class RunCLI(LightningCLI):
         return None if isinstance(seed, bool) else seed
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        callbacks = [
-            Recorder(self.folder),
-            ModelCheckpoint(
-                self.folder,
-                filename="best",
-                monitor="val/nll",
-                save_last=True,
-                enable_version_counter=False,
-                save_on_train_epoch_end=True,
-            ),
-        ]
+        callbacks = [Recorder(self.folder), BestAndLast(self.folder)]
         if self._seed is not None:
             callbacks.append(EpochSeed(self._seed))
         self.trainer_defaults["callbacks"] = callbacks
@@ -137,16 +151,19 @@ class RunCLI(LightningCLI):
         return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
 
     def open_run(self) -> None:
-        """Load the data, which shows mistakes in them; only then create the folder."""
+        """Try data and flow together, which shows mistakes; only then create the folder."""
+        if self.resumed_from is not None:
+            missing = {"optimizer_states", "loops"} - set(read_checkpoint(self.resumed_from))
+            if missing:
+                names = ", ".join(sorted(missing))
+                raise ValueError(f"{self.resumed_from} cannot be resumed: it lacks {names}.")
         self.datamodule.setup("fit")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # A resumed run is unfinished until it ends again.
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        self.model.initialize(self.datamodule)
+        self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
         self.parser.save(self.given, str(self.folder / "config.yaml"), overwrite=True)
 
     def train(self) -> dict[str, Any]:
         """Fit, then test and draw the best checkpoint. Returns the summary."""
-        last = self.folder / "last.ckpt"
         try:
             self.trainer.fit(
                 self.model,
@@ -154,10 +171,12 @@ class RunCLI(LightningCLI):
                 ckpt_path=None if self.resumed_from is None else str(self.resumed_from),
                 weights_only=True,
             )
+        except FloatingPointError as error:
+            sys.exit(f"error: {error}")
+        except SIGTERMException:
+            self._stop("terminated", 143)
         except (KeyboardInterrupt, SystemExit):
-            if last.exists():
-                print(f"Interrupted. Resume with: python train.py --ckpt_path {last}")
-            raise
+            self._stop("interrupted", 130)
         return finish(
             self.folder,
             self.trainer,
@@ -166,6 +185,12 @@ class RunCLI(LightningCLI):
             experiment=self.experiment,
             seed=self._seed,
         )
+
+    def _stop(self, what: str, status: int) -> NoReturn:
+        last = self.folder / "last.ckpt"
+        hint = f"resume with: python train.py --ckpt_path {last}"
+        print(f"{what}; {hint if last.exists() else 'before the first checkpoint'}")
+        sys.exit(status)
 
     def test(self) -> dict[str, float]:
         """Metrics of the checkpoint on the test split."""
@@ -208,14 +233,21 @@ def _asks_for_help(args: list[str]) -> bool:
     return any(arg in ("-h", "--help", "--print_config") for arg in args)
 
 
-def _checkpoint_path(args: list[str]) -> Path | None:
-    """The value of --ckpt_path, needed before the rest can be parsed."""
-    for index, arg in enumerate(args):
-        if arg == "--ckpt_path" and index + 1 < len(args):
-            return Path(args[index + 1]).expanduser()
-        if arg.startswith("--ckpt_path="):
-            return Path(arg.partition("=")[2]).expanduser()
-    return None
+def _named_files(args: list[str]) -> tuple[str | None, str | None]:
+    """The values of --ckpt_path and --config, needed before the rest can be parsed."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("-c", "--config")
+    known, _ = parser.parse_known_args(args)
+    return known.ckpt_path, known.config
+
+
+def _existing(path: Path, to_resume: bool) -> Path:
+    """The checkpoint that a path means: in a run folder the last one to resume, else the best."""
+    path = path.expanduser().resolve()
+    if path.is_dir():
+        return path / ("last.ckpt" if to_resume else "best.ckpt")
+    return path
 
 
 def _check_architecture(path: Path, expected: dict[str, Any]) -> None:
@@ -230,6 +262,6 @@ def _check_architecture(path: Path, expected: dict[str, Any]) -> None:
 
 def _short(config: dict[str, Any] | None) -> str:
     if config is None:
-        return "a checkpoint without a flow"
+        return "nothing"
     arguments = ", ".join(f"{k}={v!r}" for k, v in (config.get("init_args") or {}).items())
     return f"{config['class_path'].rpartition('.')[2]}({arguments})"

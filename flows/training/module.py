@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
 
 from flows.checks import check_at_least, check_positive
@@ -53,22 +53,31 @@ class DensityEstimator(LightningModule):
         # Nested {class_path, init_args} of the flow, set by train.py: with it `flows.load`
         # builds the flow anew.
         self.flow_config: dict[str, Any] | None = None
+        self._initialized = False
         self._kl_values: list[Tensor] = []
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return self.flow(inputs, context)
 
     @torch.no_grad()
+    def initialize(self, data: LightningDataModule) -> None:
+        """Show the flow training rows once: layers that depend on data initialize themselves."""
+        self.flow.train()
+        self.flow(*(tensor[: self.initial_rows] for tensor in data.splits["train"]))
+        self._initialized = True
+
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
-        if stage == "fit" and data is not None and self.initial_rows:
-            # Layers that depend on data initialize themselves in their first training-mode pass.
-            self.flow.train()
-            self.flow(*(tensor[: self.initial_rows] for tensor in data.splits["train"]))
+        if stage == "fit" and self.trainer.datamodule is not None and not self._initialized:
+            self.initialize(self.trainer.datamodule)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         log_prob = self.flow(*batch)
         nll = -log_prob.mean()
+        if not nll.isfinite():
+            raise FloatingPointError(
+                f"training diverged: the loss is {nll.item()} in epoch {self.current_epoch}, "
+                f"step {self.global_step}; lower the learning rate or clip gradients."
+            )
         rows = len(log_prob)
         self.log("train/nll", nll, on_step=False, on_epoch=True, batch_size=rows)
         name, value = "nll", nll.detach()

@@ -11,7 +11,6 @@ import torch
 from pytorch_lightning import LightningDataModule, Trainer
 
 from flows import plots
-from flows.flow import load
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.module import DensityEstimator
@@ -44,12 +43,17 @@ def finish(
     """
     recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
     checkpoint = folder / "best.ckpt"
+    if not checkpoint.exists():
+        # Nothing was validated: the weights as they are.
+        checkpoint = folder / "last.ckpt"
+        trainer.save_checkpoint(checkpoint)
     seconds = recorder.seconds
     results = trainer.test(
         model, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False
     )[0]
-    plots.save(plots.history(recorder.rows), folder / "history.png")
-    flow = load(checkpoint, model.flow)
+    if recorder.rows:
+        plots.save(plots.history(recorder.rows), folder / "history.png")
+    flow = model.flow.eval()
     torch.manual_seed(0)
     if data.density is not None:
         plots.save(plots.density(flow, data.density), folder / "density.png")
@@ -74,5 +78,5 @@ def finish(
         },
     }
     with write_atomically(folder / "summary.json") as file:
-        json.dump(summary, file, indent=2)
+        json.dump(summary, file, indent=2, allow_nan=False)
     return summary

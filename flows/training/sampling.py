@@ -1,5 +1,6 @@
 """Samples from a trained flow, as a picture or as numbers."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def write_samples(
     """
     path = Path(path).expanduser()
     check_at_least(1, num_samples=num_samples)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
     flow = load(path)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -46,7 +49,7 @@ def write_samples(
         name = f"samples-{num_samples}-temperature-{temperature:g}-seed-{seed}"
         output = folder / f"{name}{'.png' if drawable else '.npy'}"
     output = Path(output)
-    match output.suffix:
+    match output.suffix.lower():
         case ".npy":
             np.save(output, samples.numpy())
         case ".csv":

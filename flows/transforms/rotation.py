@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +89,11 @@ class Rotation(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features, axis=-1)
-        return inputs @ self.matrix().mT, inputs.new_zeros(inputs.shape[0])
+        return _mix(inputs, self.matrix().mT), inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features, axis=-1)
-        return inputs @ self.matrix(), inputs.new_zeros(inputs.shape[0])
+        return _mix(inputs, self.matrix()), inputs.new_zeros(inputs.shape[0])
 
     @torch.no_grad()
     def recenter(self) -> None:
@@ -118,8 +118,10 @@ class Rotation(Transform):
         self.base.copy_(self.base.double() @ turned.mT)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
+        before = self.base.dtype
         super()._apply(fn, recurse)
-        self._sharpen_base()
+        if self.base.dtype != before:
+            self._sharpen_base()
         return self
 
     @torch.no_grad()
@@ -129,10 +131,7 @@ class Rotation(Transform):
             return
         identity = torch.eye(self.features, dtype=self.base.dtype, device=self.base.device)
         error = (self.base @ self.base.mT - identity).abs().max()
-        if (
-            torch.finfo(self.base.dtype).eps < 1e-6
-            and error > 1e2 * torch.finfo(self.base.dtype).eps
-        ):
+        if error > 100 * torch.finfo(self.base.dtype).eps:
             self.base.copy_(_nearest_orthogonal(self.base))
 
     @property
@@ -156,6 +155,12 @@ class Rotation(Transform):
             raise ValueError(
                 f"these weights belong to the schedule {name}, the layer has {self._identity}."
             )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Torch copies the parameters first: weights of another schedule must not get that far.
+        if f"{prefix}_extra_state" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._sharpen_base()
 
     def extra_repr(self) -> str:
@@ -213,8 +218,15 @@ class Rotation1x1(Transform):
                 "inputs must be images (batch, channels, height, width), "
                 f"got {tuple(inputs.shape)}."
             )
-        outputs = nn.functional.conv2d(inputs, weight[:, :, None, None])
+        with torch.autocast(inputs.device.type, enabled=False):
+            outputs = nn.functional.conv2d(inputs, weight[:, :, None, None].to(inputs.dtype))
         return outputs, inputs.new_zeros(inputs.shape[0])
+
+
+def _mix(inputs: Tensor, weight: Tensor) -> Tensor:
+    """inputs @ weight in the dtype of the inputs, whatever autocast would choose."""
+    with torch.autocast(inputs.device.type, enabled=False):
+        return inputs @ weight.to(inputs.dtype)
 
 
 def _groups(ties: Ties | None, schedule: givens.Schedule) -> Tensor | None:

@@ -206,6 +206,11 @@ def test_help_fits_a_screen(capsys):
             ["nowhere", "train-images-idx3-ubyte"],
         ),
         "missing checkpoint": (["--ckpt_path", "nowhere/last.ckpt"], ["nowhere/last.ckpt"]),
+        "flow of other width": (["--model.flow.init_args.features=3"], ["3 features", "2)"]),
+        "abbreviated option": (["--ckpt=nowhere/last.ckpt"], ["--ckpt=nowhere"]),
+        "option without value": (["--ckpt_path", "--model.lr=1e-3"], ["--ckpt_path"]),
+        "no batch": (["--data.init_args.batch_size=0"], ["batch_size", "at least 1, got 0"]),
+        "fast_dev_run": (["--trainer.fast_dev_run=true"], ["fast_dev_run", "max_epochs=1"]),
         "test without checkpoint": (["test"], ["--ckpt_path"]),
         "sample without file": (["sample", "--ckpt_path", "nowhere"], ["nowhere"]),
     }.values(),
@@ -217,6 +222,86 @@ def test_a_mistake_is_one_line(args, words, tmp_path, monkeypatch, capsys):
     for word in words:
         assert word in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_is_refused():
+    with pytest.raises(SystemExit, match="unknown command evaluate: expected fit, test, sample"):
+        train.main(["evaluate"])
+
+
+def test_a_checkpoint_named_in_a_config_is_refused(run, tmp_path, capsys):
+    config = tmp_path / "resume.yaml"
+    config.write_text(f"ckpt_path: {run}/last.ckpt\n" + (run / "config.yaml").read_text())
+    config.write_text(config.read_text().replace("\nckpt_path: null", ""))
+    assert "command line" in refused(capsys, "--config", str(config))
+
+
+def test_a_run_folder_stands_for_its_checkpoint(copy, capsys):
+    before = rows(copy)
+    train.main(["test", "--ckpt_path", str(copy)])
+    train.main(["--ckpt_path", str(copy)])  # the run is complete: only its end is done again
+    assert rows(copy) == before and (copy / "summary.json").exists()
+
+
+def test_a_run_is_not_resumed_with_other_data(copy, capsys):
+    before = contents(copy)
+    printed = refused(capsys, "--ckpt_path", str(copy / "last.ckpt"), "--data.init_args.seed=5")
+    assert "seed=5" in printed and "seed=0" in printed
+    assert contents(copy) == before
+
+
+def test_weights_alone_are_not_resumed(copy, capsys):
+    checkpoint = torch.load(copy / "last.ckpt", weights_only=True)
+    del checkpoint["optimizer_states"]
+    torch.save(checkpoint, copy / "last.ckpt")
+    before = contents(copy)
+    assert "optimizer_states" in refused(capsys, "--ckpt_path", str(copy / "last.ckpt"))
+    assert contents(copy) == before
+
+
+def test_a_checkpoint_outside_a_run_starts_a_folder_of_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(run / "last.ckpt", tmp_path / "lone.ckpt")
+    config = ["--config", str(run / "config.yaml"), "--trainer.default_root_dir=out"]
+    train.main([*config, "--ckpt_path", "lone.ckpt"])
+    assert {path.name for path in tmp_path.iterdir()} == {"lone.ckpt", "out"}
+    (folder,) = (tmp_path / "out").glob("*/*")
+    assert folder.parent.name == "two_moons" and (folder / "summary.json").exists()
+
+
+def test_divergence_ends_the_run_unfinished(tmp_path):
+    with pytest.raises(SystemExit, match="diverged") as exit:
+        fit(tmp_path, *SMALL, "--model.lr=1e12", "--model.warmup_steps=0")
+    assert exit.value.code != 0
+    assert not list(tmp_path.glob("*/*/summary.json"))
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+@pytest.mark.parametrize(
+    "limit", ["--trainer.limit_val_batches=0", "--trainer.max_steps=2", "--trainer.max_epochs=0"]
+)
+def test_a_run_without_validation_still_ends_well(tmp_path, limit):
+    folder = fit(tmp_path, *SMALL, limit)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert Path(summary["checkpoint"]).name == "last.ckpt" and (folder / "last.ckpt").exists()
+
+
+def test_sigterm_exits_with_143_and_says_how_to_resume(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, "--trainer.max_epochs=1000"]
+        + [f"--trainer.default_root_dir={tmp_path}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/*/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "resume with: python train.py --ckpt_path" in printed
+    assert not list(tmp_path.glob("*/*/summary.json"))
 
 
 def test_a_truncated_checkpoint_is_refused(copy, capsys):

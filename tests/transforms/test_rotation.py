@@ -347,3 +347,22 @@ def test_the_matrix_stays_in_full_precision_under_autocast():
 def test_an_infinite_limit_is_refused():
     with pytest.raises(ValueError, match="finite"):
         Rotation(4, angle_limit=math.inf)
+
+
+def test_refused_weights_change_nothing():
+    layer, other = Rotation(4), Rotation(4, givens.odd_even(4))
+    nn.init.normal_(other.raw_angles)
+    with pytest.raises(ValueError, match="belong to the schedule odd_even"):
+        layer.load_state_dict(other.state_dict())
+    assert layer.raw_angles.abs().max() == 0
+
+
+@pytest.mark.parametrize("make", [Rotation, Rotation1x1])
+def test_autocast_keeps_the_dtype_of_the_inputs(make):
+    layer, x = make(8, init="haar"), torch.randn(5, 8, 1, 1)
+    x = x if make is Rotation1x1 else x.flatten(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = layer(x)
+        back, _ = layer.inverse(y)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(back, x, atol=1e-5, rtol=1e-5)
