@@ -5,13 +5,16 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from flows.givens import reference, rounds
+from flows.givens import product, reference, rounds
 from flows.givens.schedule import Schedule
 
 __all__ = ["IMPLS", "matrix", "rotate"]
 
-IMPLS = ("auto", "reference", "rounds")
-Impl = Literal["auto", "reference", "rounds"]
+IMPLS = ("auto", "reference", "rounds", "product")
+Impl = Literal["auto", "reference", "rounds", "product"]
+
+# From this dimension on a shared matrix is built by products; below it the two cost alike.
+PRODUCT_FROM = 64
 
 
 def matrix(
@@ -25,7 +28,9 @@ def matrix(
     Args:
         angles: Radians, in the order of ``schedule.planes``; leading axes are batch axes.
         schedule: Planes in order of application.
-        impl: ``"reference"`` (the definition), ``"rounds"``, or ``"auto"``.
+        impl: ``"reference"`` (the definition), ``"rounds"``, ``"product"`` (schedules made by
+            ``crossing`` or ``cosine_sine``), or ``"auto"``: products from dimension 64 on where
+            they exist, else rounds.
 
     Returns:
         One matrix per set of angles, in the dtype and on the device of ``angles``.
@@ -43,11 +48,13 @@ def matrix(
         [[-0.0, -1.0], [1.0, -0.0]]
     """
     _check_angles(angles, schedule)
-    match impl:
+    match _chosen(impl, schedule, shared=True):
         case "reference":
             return reference.matrix(angles, schedule)
-        case "rounds" | "auto":
+        case "rounds":
             return rounds.matrix(angles, schedule)
+        case "product":
+            return product.matrix(angles, schedule)
         case _:
             raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
 
@@ -95,13 +102,23 @@ def rotate(
             "x and angles must share dtype and device, got "
             f"{x.dtype} on {x.device} and {angles.dtype} on {angles.device}."
         )
-    match impl:
+    match _chosen(impl, schedule, shared=angles.ndim == 1):
         case "reference":
             return reference.rotate(x, angles, schedule, inverse=inverse)
-        case "rounds" | "auto":
+        case "rounds":
             return rounds.rotate(x, angles, schedule, inverse=inverse)
+        case "product":
+            return product.rotate(x, angles, schedule, inverse=inverse)
         case _:
             raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
+
+
+def _chosen(impl: str, schedule: Schedule, *, shared: bool) -> str:
+    """What "auto" stands for; anything else is obeyed."""
+    if impl != "auto":
+        return impl
+    products = schedule.name.startswith(("crossing(", "cosine_sine("))
+    return "product" if shared and products and schedule.dim >= PRODUCT_FROM else "rounds"
 
 
 def _check_angles(angles: Tensor, schedule: Schedule) -> None:

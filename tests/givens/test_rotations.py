@@ -574,7 +574,15 @@ def test_bad_arguments_are_refused_in_plain_words(case):
 
 
 def test_auto_is_one_of_the_named_implementations():
-    assert set(givens.IMPLS) == {"auto", "reference", *FAST}
+    # The product form serves some schedules only and has a file of its own.
+    assert set(givens.IMPLS) == {"auto", "reference", "product", *FAST}
     schedule, angles = givens.crossing(6), torch.randn(15)
     matrices = [givens.matrix(angles, schedule, impl=impl) for impl in ["reference", *FAST]]
     assert any(givens.matrix(angles, schedule).equal(matrix) for matrix in matrices)
+
+
+@pytest.mark.parametrize(("make", "impl"), [("crossing", "product"), ("odd_even", "rounds")])
+def test_auto_builds_large_shared_matrices_by_products_where_they_exist(make, impl):
+    schedule = getattr(givens, make)(64)
+    angles = torch.randn(schedule.num_angles)
+    assert torch.equal(givens.matrix(angles, schedule), givens.matrix(angles, schedule, impl=impl))
