@@ -647,7 +647,6 @@ def _plan(schedule: Schedule, device: torch.device) -> "_Plan | _Rounds":
     return schedule._product_plans[device]
 
 
-@torch.compiler.assume_constant_result
 def _prepare(schedule: Schedule, device: torch.device) -> bool:
     """Make the plan; the compiler runs this and does not look inside."""
     plans = schedule.__dict__.setdefault("_product_plans", {})
@@ -656,6 +655,10 @@ def _prepare(schedule: Schedule, device: torch.device) -> bool:
         with torch._C._DisableFuncTorch(), torch.inference_mode(False):
             plans[device] = _new_plan(schedule, device)
     return True
+
+
+# What torch.compiler.assume_constant_result does; the decorator loads the whole compiler.
+_prepare._dynamo_marked_constant = True
 
 
 def _new_plan(schedule: Schedule, device: torch.device) -> "_Plan | _Rounds":
