@@ -1,5 +1,6 @@
 """The public door of ``flows.givens``: checks the arguments, chooses, calls."""
 
+from types import ModuleType
 from typing import Literal
 
 from jaxtyping import Float
@@ -10,8 +11,8 @@ from flows.givens.schedule import Schedule
 
 __all__ = ["IMPLS", "matrix", "rotate"]
 
-IMPLS = ("auto", "reference", "rounds", "product")
-Impl = Literal["auto", "reference", "rounds", "product"]
+IMPLS = ("auto", "reference", "rounds", "product", "compiled")
+Impl = Literal["auto", "reference", "rounds", "product", "compiled"]
 
 # From this dimension on a shared matrix is built by products; below it the two cost alike.
 PRODUCT_FROM = 64
@@ -55,6 +56,8 @@ def matrix(
             return rounds.matrix(angles, schedule)
         case "product":
             return product.matrix(angles, schedule)
+        case "compiled":
+            return rounds.matrix(angles, schedule, engine=_compiled())
         case _:
             raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
 
@@ -109,6 +112,8 @@ def rotate(
             return rounds.rotate(x, angles, schedule, inverse=inverse)
         case "product":
             return product.rotate(x, angles, schedule, inverse=inverse)
+        case "compiled":
+            return rounds.rotate(x, angles, schedule, inverse=inverse, engine=_compiled())
         case _:
             raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
 
@@ -119,6 +124,13 @@ def _chosen(impl: str, schedule: Schedule, *, shared: bool) -> str:
         return impl
     products = schedule.name.startswith(("crossing(", "cosine_sine("))
     return "product" if shared and products and schedule.dim >= PRODUCT_FROM else "rounds"
+
+
+def _compiled() -> ModuleType:
+    """The compiled engine, which needs numba; imported when used."""
+    from flows.givens import compiled
+
+    return compiled
 
 
 def _check_angles(angles: Tensor, schedule: Schedule) -> None:

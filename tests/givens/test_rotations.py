@@ -14,7 +14,7 @@ from flows.givens import Schedule
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 # A new implementation is one more name here.
-FAST = ["rounds"]
+FAST = ["rounds", "compiled"]
 CONSTRUCTORS = ["round_robin", "odd_even", "crossing", "cosine_sine", "hurwitz", "butterfly"]
 
 every_impl = pytest.mark.parametrize("impl", ["reference", "auto", *FAST])

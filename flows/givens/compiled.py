@@ -1,0 +1,406 @@
+"""Compiled for the CPU: a slab of columns stays in cache through all rotations.
+
+An engine of ``rounds.py``. Each tile of the program (``program.py``) loads a few rows of the
+slab into vector registers, turns them, and stores them (``lanes.py``). A turn by t is three
+shears, with tau = tan(t / 2) and s = sin t,
+
+    x_i <- x_i - tau x_j        x_j <- x_j + s x_i        x_i <- x_i - tau x_j
+
+that is three fused multiply-adds, where the definition takes four operations. They want
+|t| <= pi / 2: half turns are signs of two rows, and are carried to the end. Where each sample
+has angles of its own, samples lie side by side in a vector and are turned by c and s.
+README.md derives and counts.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flows.givens.lanes import VECTOR, njit, tile, turn_lanes
+from flows.givens.program import CROSS, LEAF, PATTERNS, ROWS, SINGLE, TURNS, program
+from flows.givens.schedule import Schedule
+
+__all__ = ["pull", "turn"]
+
+# Bytes in a row of a slab.
+ROW = 256
+# So many turns of a vector are worth a thread of their own: some 100 microseconds.
+TURNS_PER_THREAD = 100_000
+# Turns of a slab of samples that are made from their angles at a time.
+CHUNK = 64
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def turn(x: Tensor | None, angles: Tensor, schedule: Schedule, inverse: bool) -> Tensor:
+    """Rows x (sets, rows, dim), turned by the angles (sets, num_angles) of their set.
+
+    Without x, the matrix of each set (sets, dim, dim).
+    """
+    if angles.device.type != "cpu":
+        raise ValueError(f"impl='compiled' works on the CPU, got tensors on {angles.device}.")
+    if angles.dtype not in (torch.float32, torch.float64):
+        y = turn(None if x is None else x.float(), angles.float(), schedule, inverse)
+        return y.to(angles.dtype)
+    n, columns = schedule.dim, x is None
+    y = angles.new_empty((len(angles), n, n)) if columns else angles.new_empty(x.shape)
+    if _own_angles(y, columns):
+        sides = _array(x)[:, 0], _array(y)[:, 0], _array(angles)
+        _each(_turn_each, sides, schedule, inverse)
+    else:
+        sides = _array(y if columns else x), _array(y)
+        _shared(sides, angles, schedule, inverse, columns)
+    return y
+
+
+def pull(
+    y: Tensor, grad: Tensor, angles: Tensor, schedule: Schedule, inverse: bool, *, columns: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, unless ``columns``, and angles from what ``turn`` returned."""
+    if angles.dtype not in (torch.float32, torch.float64):
+        full = (t.float() for t in (y, grad, angles))
+        dx, dangles = pull(*full, schedule, inverse, columns=columns)
+        return dx.to(y.dtype), dangles.to(angles.dtype)
+    dangles = angles.new_empty(angles.shape)
+    dx = grad if columns else grad.new_empty(grad.shape)
+    if _own_angles(y, columns):
+        rows = (_array(t)[:, 0] for t in (y, grad, dx))
+        _each(_pull_each, (*rows, _array(angles), _array(dangles)), schedule, inverse)
+    else:
+        sides = _array(y), _array(grad), _array(dx)
+        _shared(sides, angles, schedule, inverse, columns, dangles)
+    return dx, dangles
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().resolve_neg().contiguous().numpy()
+
+
+def _own_angles(y: Tensor, columns: bool) -> bool:
+    return not columns and y.shape[0] > 1 and y.shape[1] == 1
+
+
+def _shared(
+    sides: tuple[np.ndarray, ...],
+    angles: Tensor,
+    schedule: Schedule,
+    inverse: bool,
+    columns: bool,
+    dangles: Tensor | None = None,
+) -> None:
+    """Turn (x, y), or pull (y, grad, dx), where a set of angles turns several columns."""
+    x, todo = sides[0], program(schedule, inverse=inverse)
+    sets, count, turns = len(x), x.shape[2 if columns else 1], schedule.num_angles
+    slabs = -(-count * x.itemsize // ROW)
+    vectors = -(-count * x.itemsize // (VECTOR * max(slabs, 1)))
+    width, jobs = vectors * VECTOR // x.itemsize, sets * slabs
+    threads = _threads(jobs, jobs * vectors * turns)
+    table = np.empty((sets, turns, 3), x.dtype)
+    signs = np.empty((sets, schedule.dim), x.dtype)
+    _prepare(_array(angles), todo.runs, todo.rows, todo.number, table, signs)
+    given = *sides, columns, width, todo.runs, todo.rows, todo.span, table, signs
+    if dangles is None:
+        _parallel(lambda _, *part: _turn_shared(*given, *part), jobs, threads)
+    else:
+        sums = np.zeros((threads, sets, turns), x.dtype)
+        _parallel(lambda k, *part: _pull_shared(*given, sums[k], *part), jobs, threads)
+        _collect(sums, todo.number, table, _array(dangles))
+
+
+def _each(
+    loop: Callable, arrays: tuple[np.ndarray, ...], schedule: Schedule, inverse: bool
+) -> None:
+    """Turn or pull where each row has angles of its own."""
+    x = arrays[0]
+    jobs = -(-len(x) * x.itemsize // ROW)
+    # Making a turn from its angle costs about eight times the turn.
+    threads = _threads(jobs, 8 * jobs * (ROW // VECTOR) * schedule.num_angles)
+    planes = schedule.planes.numpy()
+    _parallel(lambda _, *part: loop(*arrays, planes, inverse, *part), jobs, threads)
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+def _threads(jobs: int, turns: int) -> int:
+    return max(1, min(torch.get_num_threads(), jobs, turns // TURNS_PER_THREAD))
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "flows.givens")
+
+
+def _parallel(part: Callable[[int, int, int], None], jobs: int, threads: int) -> None:
+    """part(thread, first, last) for consecutive shares of the jobs, the first of them here."""
+    if threads == 1:
+        part(0, 0, jobs)
+        return
+    ends = [jobs * k // threads for k in range(threads + 1)]
+    # A forked process has none of its parent's threads and starts its own.
+    pool = _pool(os.getpid(), torch.get_num_threads() - 1)
+    others = [pool.submit(part, k, ends[k], ends[k + 1]) for k in range(1, threads)]
+    part(0, 0, ends[1])
+    for other in others:
+        other.result()
+
+
+# --- turns from angles --------------------------------------------------------------------------
+
+# pi in three parts, the first two with trailing zeros (Cody and Waite 1980).
+_PI = (2 * 1.57079632673412561417, 2 * 6.07710050630396597660e-11, 2 * 2.02226624879595063154e-21)
+
+
+@njit
+def _half_angle(angle):
+    """sin h, cos h with angle = 2 h + k pi, |h| <= pi / 4, and whether k is odd (0. or 1.)."""
+    k = np.floor(angle * 0.3183098861837907 + 0.5)
+    h = 0.5 * (((angle - k * _PI[0]) - k * _PI[1]) - k * _PI[2])
+    z = h * h
+    # Minimax polynomials (fdlibm), in double precision for either type of angles.
+    p = -2.50507602534068634195e-08 + z * 1.58969099521155010221e-10
+    p = -1.98412698298579493134e-04 + z * (2.75573137070700676789e-06 + z * p)
+    sin = h + h * z * (-1.66666666666666324348e-01 + z * (8.33333333332248946124e-03 + z * p))
+    p = 2.08757232129817482790e-09 - z * 1.13596475577881948265e-11
+    p = 2.48015872894767294178e-05 + z * (-2.75573143513906633035e-07 + z * p)
+    p = 4.16666666666666019037e-02 + z * (-1.38888888888741095749e-03 + z * p)
+    return sin, 1.0 - 0.5 * z + z * z * p, k - 2.0 * np.floor(0.5 * k)
+
+
+_PLANES = tuple(np.array(pattern, np.int64) for pattern in PATTERNS)
+
+
+@njit
+def _prepare(angles, runs, rows, number, table, signs):
+    """Fill the table (sets, turns, 3) with tau, s and the direction of each turn.
+
+    A half turn changes the signs of its rows. They are carried past later turns, which change
+    direction where one of their two rows has changed, and end up in ``signs`` (sets, dim).
+    """
+    count, some = 256, 0.0
+    buffer = np.empty((3, count))
+    for n in range(len(angles)):
+        signs[n] = 1.0
+        for first in range(0, len(number), count):
+            last = min(first + count, len(number))
+            for k in range(first, last):
+                buffer[0, k - first] = angles[n, number[k]]
+            for k in range(last - first):
+                sin, cos, odd = _half_angle(buffer[0, k])
+                buffer[0, k], buffer[1, k], buffer[2, k] = sin / cos, 2.0 * sin * cos, odd
+            for k in range(first, last):
+                table[n, k, 0], table[n, k, 1] = buffer[0, k - first], buffer[1, k - first]
+                table[n, k, 2] = 1.0 - 2.0 * buffer[2, k - first]
+                some += buffer[2, k - first]
+        if some == 0.0:
+            continue
+        for run in range(len(runs)):
+            kind, tiles, _, row, turn = runs[run]
+            pattern = _PLANES[kind]
+            for _ in range(tiles):
+                for k in range(len(pattern)):
+                    i, j = rows[row + pattern[k, 0]], rows[row + pattern[k, 1]]
+                    half, direction = table[n, turn + k, 2], signs[n, i] * signs[n, j]
+                    table[n, turn + k, 0] *= direction
+                    table[n, turn + k, 1] *= direction
+                    table[n, turn + k, 2] = direction
+                    signs[n, i] *= half
+                    signs[n, j] *= half
+                row += ROWS[kind]
+                turn += len(pattern)
+
+
+@njit
+def _collect(sums, number, table, dangles):
+    """The sums of all threads (threads, sets, turns), each to its angle."""
+    for n in range(len(dangles)):
+        for k in range(len(number)):
+            total = sums[0, n, k]
+            for thread in range(1, len(sums)):
+                total += sums[thread, n, k]
+            dangles[n, number[k]] = table[n, k, 2] * total
+
+
+# --- slabs --------------------------------------------------------------------------------------
+
+
+@njit
+def _slab(rows, width, like):
+    """Memory for a slab whose rows begin where vectors do."""
+    size = like.itemsize
+    memory = np.empty(rows * width + VECTOR // size, like.dtype)
+    start = (-memory.ctypes.data % VECTOR) // size
+    return memory[start : start + rows * width].reshape(rows, width)
+
+
+@njit
+def _load(x, signs, columns, first, last, slab):
+    """Columns, or rows, first:last of x as columns of the slab; those left over are zero."""
+    for k in range(len(slab)):
+        for c in range(last - first, slab.shape[1]):
+            slab[k, c] = 0.0
+    if columns:
+        for k in range(len(slab)):
+            for c in range(first, last):
+                slab[k, c - first] = signs[k] * x[k, c]
+    else:
+        for c in range(first, last):
+            for k in range(len(slab)):
+                slab[k, c - first] = signs[k] * x[c, k]
+
+
+@njit
+def _save(slab, signs, columns, first, last, y):
+    if columns:
+        for k in range(len(slab)):
+            for c in range(first, last):
+                y[k, c] = signs[k] * slab[k, c - first]
+    else:
+        for c in range(first, last):
+            for k in range(len(slab)):
+                y[c, k] = signs[k] * slab[k, c - first]
+
+
+# --- shared angles ------------------------------------------------------------------------------
+
+_single, _undo_single = tile(PATTERNS[SINGLE])
+_cross, _undo_cross = tile(PATTERNS[CROSS])
+_leaf, _undo_leaf = tile(PATTERNS[LEAF])
+
+
+@njit
+def _turn_shared(x, y, columns, width, runs, rows, span, table, signs, first, last):
+    dim, count = signs.shape[1], y.shape[2] if columns else y.shape[1]
+    vectors, slabs = width * y.itemsize // VECTOR, (count + width - 1) // width
+    slab, plus = _slab(dim, width, y), np.ones(dim, y.dtype)
+    for job in range(first, last):
+        n, low = job // slabs, job % slabs * width
+        high = min(low + width, count)
+        if columns:
+            slab[:] = 0.0
+            for k in range(low, high):
+                slab[k, k - low] = 1.0
+        else:
+            _load(x[n], plus, False, low, high, slab)
+        for run in range(len(runs)):
+            kind, tiles, begin, row, turn = runs[run]
+            for t in range(begin, begin + tiles):
+                if columns and (span[t, 0] >= high or span[t, 1] <= low):
+                    pass  # these rows are still zero
+                elif kind == CROSS:
+                    _cross(slab, vectors, rows, row, table[n], turn)
+                elif kind == LEAF:
+                    _leaf(slab, vectors, rows, row, table[n], turn)
+                else:
+                    _single(slab, vectors, rows, row, table[n], turn)
+                row += ROWS[kind]
+                turn += TURNS[kind]
+        _save(slab, signs[n], columns, low, high, y[n])
+
+
+@njit
+def _pull_shared(
+    y, grad, dx, columns, width, runs, rows, span, table, signs, sums, first, last
+):  # fmt: skip
+    dim, count = signs.shape[1], y.shape[2] if columns else y.shape[1]
+    vectors, slabs = width * y.itemsize // VECTOR, (count + width - 1) // width
+    slab, slope, plus = _slab(dim, width, y), _slab(dim, width, y), np.ones(dim, y.dtype)
+    for job in range(first, last):
+        n, low = job // slabs, job % slabs * width
+        high = min(low + width, count)
+        _load(y[n], signs[n], columns, low, high, slab)
+        _load(grad[n], signs[n], columns, low, high, slope)
+        for run in range(len(runs) - 1, -1, -1):
+            kind, tiles, begin, row, turn = runs[run]
+            row += tiles * ROWS[kind]
+            turn += tiles * TURNS[kind]
+            for t in range(begin + tiles - 1, begin - 1, -1):
+                row -= ROWS[kind]
+                turn -= TURNS[kind]
+                if columns and (span[t, 0] >= high or span[t, 1] <= low):
+                    pass
+                elif kind == CROSS:
+                    _undo_cross(slab, slope, vectors, rows, row, table[n], turn, sums[n])
+                elif kind == LEAF:
+                    _undo_leaf(slab, slope, vectors, rows, row, table[n], turn, sums[n])
+                else:
+                    _undo_single(slab, slope, vectors, rows, row, table[n], turn, sums[n])
+        if not columns:
+            _save(slope, plus, False, low, high, dx[n])
+
+
+# --- angles per sample --------------------------------------------------------------------------
+
+
+@njit
+def _make_turns(angles, numbers, low, high, inverse, cos, sin):
+    """Rows of cos and sin: the turns with these numbers; lanes are the samples low:high."""
+    sign = -1.0 if inverse else 1.0
+    for lane in range(high - low):
+        for k in range(len(numbers)):
+            cos[k, lane] = angles[low + lane, numbers[k]]
+    for k in range(len(numbers)):
+        for lane in range(high - low, cos.shape[1]):
+            cos[k, lane] = 0.0
+        for lane in range(cos.shape[1]):
+            sin_h, cos_h, odd = _half_angle(np.float64(cos[k, lane]))
+            half = 1.0 - 2.0 * odd
+            cos[k, lane] = half * (1.0 - 2.0 * sin_h * sin_h)
+            sin[k, lane] = sign * half * 2.0 * sin_h * cos_h
+
+
+@njit
+def _turn_each(x, y, angles, planes, inverse, first, last):
+    dim, width = x.shape[1], ROW // x.itemsize
+    vectors = ROW // VECTOR
+    slab, plus = _slab(dim, width, x), np.ones(dim, x.dtype)
+    cos, sin = _slab(CHUNK, width, x), _slab(CHUNK, width, x)
+    order = np.arange(len(planes))
+    if inverse:
+        order = order[::-1].copy()
+    for job in range(first, last):
+        low, high = job * width, min((job + 1) * width, len(x))
+        _load(x, plus, False, low, high, slab)
+        for start in range(0, len(order), CHUNK):
+            numbers = order[start : start + CHUNK]
+            _make_turns(angles, numbers, low, high, inverse, cos, sin)
+            for k in range(len(numbers)):
+                i, j = planes[numbers[k], 0], planes[numbers[k], 1]
+                turn_lanes(slab, vectors, i, j, cos, sin, k)
+        _save(slab, plus, False, low, high, y)
+
+
+@njit
+def _pull_each(y, grad, dx, angles, dangles, planes, inverse, first, last):
+    dim, width = y.shape[1], ROW // y.itemsize
+    vectors = ROW // VECTOR
+    slab, slope, plus = _slab(dim, width, y), _slab(dim, width, y), np.ones(dim, y.dtype)
+    cos, sin = _slab(CHUNK, width, y), _slab(CHUNK, width, y)
+    order, sign = np.arange(len(planes)), -1.0 if inverse else 1.0
+    if not inverse:
+        order = order[::-1].copy()
+    for job in range(first, last):
+        low, high = job * width, min((job + 1) * width, len(y))
+        _load(y, plus, False, low, high, slab)
+        _load(grad, plus, False, low, high, slope)
+        for start in range(0, len(order), CHUNK):
+            numbers = order[start : start + CHUNK]
+            _make_turns(angles, numbers, low, high, not inverse, cos, sin)
+            for k in range(len(numbers)):
+                i, j = planes[numbers[k], 0], planes[numbers[k], 1]
+                turn_lanes(slab, vectors, i, j, cos, sin, k)
+                turn_lanes(slope, vectors, i, j, cos, sin, k)
+                # The same before and after both are turned; cos has served.
+                for c in range(width):
+                    product = slab[i, c] * slope[j, c] - slab[j, c] * slope[i, c]
+                    cos[k, c] = sign * product
+            for lane in range(high - low):
+                for k in range(len(numbers)):
+                    dangles[low + lane, numbers[k]] = cos[k, lane]
+        _save(slope, plus, False, low, high, dx)
