@@ -269,10 +269,12 @@ def test_finer_dtype_makes_it_orthogonal_to_that_precision(make):
 
 def test_half_precision_rounds_a_matrix_made_in_float32():
     module = learned(nn.Linear(16, 16)).bfloat16()
-    assert module.weight.dtype == torch.bfloat16
+    part = module.parametrizations.weight[0]
+    turned = givens.matrix(angles_of(module).float(), part.schedule)
+    assert torch.equal(module.weight, (part.base.float() @ turned).bfloat16())
     assert defect(module.weight) < 0.02
     assert module(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    module.weight = module.parametrizations.weight[0].base
+    module.weight = part.base
     module.weight.sum().backward()
     assert angles_of(module).grad.dtype == torch.bfloat16
 
