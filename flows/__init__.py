@@ -3,6 +3,7 @@
 from flows import distributions, givens, householder, nets, recipes, transforms
 from flows.flow import Flow, load
 from flows.objectives import bits_per_dim
+from flows.parametrize import orthogonal
 from flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -42,6 +43,7 @@ __all__ = [
     "householder",
     "load",
     "nets",
+    "orthogonal",
     "recipes",
     "transforms",
 ]

@@ -3,7 +3,8 @@
 from types import ModuleType
 from typing import Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from flows.givens import product, reference, rounds
@@ -17,27 +18,40 @@ Impl = Literal["auto", "reference", "rounds", "product", "compiled"]
 # From this dimension on a shared matrix is built by products; below it the two cost alike.
 PRODUCT_FROM = 64
 
+# Complex results exist in these precisions.
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
 
 def matrix(
-    angles: Float[Tensor, "*batch num_angles"], schedule: Schedule, *, impl: Impl = "auto"
-) -> Float[Tensor, "*batch dim dim"]:
+    angles: Float[Tensor, "*batch num_angles"],
+    schedule: Schedule,
+    *,
+    phases: Float[Tensor, "*batch num_phases"] | None = None,
+    impl: Impl = "auto",
+) -> Inexact[Tensor, "*batch dim dim"]:
     r"""Orthogonal matrix U of determinant +1: all rotations applied, first round first.
 
     The rotation of plane (i, j) by the angle t maps
     :math:`x_i \to \cos t\, x_i - \sin t\, x_j` and :math:`x_j \to \sin t\, x_i + \cos t\, x_j`.
+    With phases U is unitary: the phase p of a plane puts :math:`e^{-ip} \sin t` and
+    :math:`e^{ip} \sin t` in place of the two sines, and :math:`e^{i\,\mathrm{phase}}` multiplies
+    each axis after the last round.
 
     Args:
         angles: Radians, in the order of ``schedule.planes``; leading axes are batch axes.
         schedule: Planes in order of application.
+        phases: Radians, (..., num_angles + dim): one per plane, in the order of the angles,
+            then one per axis; leading axes, dtype and device as those of ``angles``.
         impl: ``"reference"`` (the definition), ``"rounds"``, ``"product"`` (schedules made by
             ``crossing`` or ``cosine_sine``), or ``"auto"``: products from dimension 64 on where
-            they exist, else rounds.
+            they exist, else rounds. With phases: ``"reference"`` or ``"rounds"``.
 
     Returns:
-        One matrix per set of angles, in the dtype and on the device of ``angles``.
+        One matrix per set of angles, in the dtype and on the device of ``angles``; with phases
+        in the complex dtype of that precision.
 
     Raises:
-        ValueError: If the number or type of angles, or ``impl``, does not fit.
+        ValueError: If the number or type of angles or phases, or ``impl``, does not fit.
 
     Reference:
         Hamze (2021), arXiv 2106.00003
@@ -49,6 +63,9 @@ def matrix(
         [[-0.0, -1.0], [1.0, -0.0]]
     """
     _check_angles(angles, schedule)
+    if phases is not None:
+        _check_phases(phases, angles, schedule)
+        return _unitary(impl).matrix(angles, schedule, phases=phases)
     match _chosen(impl, schedule, shared=True):
         case "reference":
             return reference.matrix(angles, schedule)
@@ -63,25 +80,27 @@ def matrix(
 
 
 def rotate(
-    x: Float[Tensor, "*rows dim"],
+    x: Inexact[Tensor, "*rows dim"],
     angles: Float[Tensor, "*batch num_angles"],
     schedule: Schedule,
     *,
+    phases: Float[Tensor, "*batch num_phases"] | None = None,
     inverse: bool = False,
     impl: Impl = "auto",
-) -> Float[Tensor, "*rows dim"]:
+) -> Inexact[Tensor, "*rows dim"]:
     """Apply all rotations to the last axis of x: ``x @ matrix(angles, schedule).mT``.
 
     Args:
-        x: Vectors, shape (..., dim).
+        x: Vectors, shape (..., dim); with phases real or complex.
         angles: Radians; (num_angles,) for one rotation of all vectors, or
             (..., num_angles) with the leading axes of x for one rotation per vector.
         schedule: Planes in order of application.
-        inverse: Undo the rotations instead.
+        phases: As in :func:`matrix`, with the leading axes of ``angles``.
+        inverse: Undo the rotations instead; the inverse of U is ``U.mH``.
         impl: As in :func:`matrix`.
 
     Returns:
-        Rotated vectors, of the shape of x.
+        Rotated vectors, of the shape of x; complex with phases.
 
     Raises:
         ValueError: If shapes, dtypes, devices or ``impl`` do not fit.
@@ -100,6 +119,10 @@ def rotate(
             f"{(schedule.num_angles,)} or {(*x.shape[:-1], schedule.num_angles)}, "
             f"got {tuple(angles.shape)}."
         )
+    if phases is not None:
+        _check_phases(phases, angles, schedule)
+        x = _complex(x, angles)
+        return _unitary(impl).rotate(x, angles, schedule, phases=phases, inverse=inverse)
     if x.dtype != angles.dtype or x.device != angles.device:
         raise ValueError(
             "x and angles must share dtype and device, got "
@@ -141,3 +164,49 @@ def _check_angles(angles: Tensor, schedule: Schedule) -> None:
             f"angles must end in {schedule.num_angles} entries, one per plane of {schedule}, "
             f"got {tuple(angles.shape)}."
         )
+
+
+def _check_phases(phases: Tensor, angles: Tensor, schedule: Schedule) -> None:
+    if angles.dtype not in COMPLEX:
+        raise ValueError(
+            f"phases need angles of torch.float32 or torch.float64, got {angles.dtype}."
+        )
+    if phases.dtype != angles.dtype or phases.device != angles.device:
+        raise ValueError(
+            "phases and angles must share dtype and device, got "
+            f"{phases.dtype} on {phases.device} and {angles.dtype} on {angles.device}."
+        )
+    count = schedule.num_angles + schedule.dim
+    if phases.shape != (*angles.shape[:-1], count):
+        raise ValueError(
+            f"phases must have shape {(*angles.shape[:-1], count)}: {schedule.num_angles}, one "
+            f"per plane of {schedule}, and {schedule.dim}, one per axis, after the leading axes "
+            f"of angles; got {tuple(phases.shape)}."
+        )
+
+
+def _complex(x: Tensor, angles: Tensor) -> Tensor:
+    """x in the complex dtype that matches the angles."""
+    dtype = COMPLEX[angles.dtype]
+    if x.dtype not in (angles.dtype, dtype) or x.device != angles.device:
+        raise ValueError(
+            f"with phases x must be {angles.dtype} or {dtype} on {angles.device}, as angles are, "
+            f"got {x.dtype} on {x.device}."
+        )
+    return x.to(dtype)
+
+
+def _unitary(impl: str) -> ModuleType:
+    """The implementation that "auto" or a name stands for where there are phases."""
+    match impl:
+        case "reference":
+            return reference
+        case "auto" | "rounds":
+            return rounds
+        case _ if impl in IMPLS:
+            raise ValueError(
+                f"impl {impl!r} builds real matrices only; with phases use 'rounds', 'reference' "
+                "or 'auto'."
+            )
+        case _:
+            raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")

@@ -8,6 +8,8 @@ number of rounds (README.md).
 An engine is a faster way to do the same: a module with functions ``turn`` and ``pull`` like
 those below. It serves the forward pass and the first derivative; derivatives of derivatives,
 forward mode and the compiler go by the rounds.
+
+A unitary differs in its table: the angles are followed by their phases, and the state is complex.
 """
 
 import inspect
@@ -27,19 +29,46 @@ def rotate(
     angles: Tensor,
     schedule: Schedule,
     *,
+    phases: Tensor | None = None,
     inverse: bool = False,
     engine: ModuleType | None = None,
 ) -> Tensor:
-    """Turn the last axis of x; angles (num_angles,) for all rows, or one set per row of x."""
-    sets, n = angles.reshape(-1, schedule.num_angles), schedule.dim
+    """Turn the last axis of x; angles (num_angles,) for all rows, or one set per row of x.
+
+    With phases (num_angles + dim,) or one set per row, x must be complex.
+    """
+    if phases is not None:
+        angles, last = _with_phases(angles, phases, schedule)
+        x = x * _unit(-last) if inverse else x
+    sets, n = angles.reshape(-1, angles.shape[-1]), schedule.dim
     rows = x.reshape(1, -1, n) if angles.ndim == 1 else x.reshape(-1, 1, n)
-    return _apply(rows, sets, schedule, inverse, engine).reshape(x.shape)
+    y = _apply(rows, sets, schedule, inverse, engine).reshape(x.shape)
+    return y if phases is None or inverse else y * _unit(last)
 
 
-def matrix(angles: Tensor, schedule: Schedule, *, engine: ModuleType | None = None) -> Tensor:
+def matrix(
+    angles: Tensor,
+    schedule: Schedule,
+    *,
+    phases: Tensor | None = None,
+    engine: ModuleType | None = None,
+) -> Tensor:
     """U for each set of angles: the rotations applied to the columns of the identity."""
-    n, sets = schedule.dim, angles.reshape(-1, schedule.num_angles)
-    return _apply(None, sets, schedule, False, engine).reshape(*angles.shape[:-1], n, n)
+    if phases is not None:
+        angles, last = _with_phases(angles, phases, schedule)
+    n, sets = schedule.dim, angles.reshape(-1, angles.shape[-1])
+    u = _apply(None, sets, schedule, False, engine).reshape(*angles.shape[:-1], n, n)
+    return u if phases is None else _unit(last).unsqueeze(-1) * u
+
+
+def _with_phases(angles: Tensor, phases: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Angles followed by the phases of their planes, and the phases of the diagonal."""
+    turned, last = phases.tensor_split([schedule.num_angles], dim=-1)
+    return torch.cat([angles, turned], dim=-1), last
+
+
+def _unit(phases: Tensor) -> Tensor:
+    return torch.complex(phases.cos(), phases.sin())
 
 
 def _apply(
@@ -95,15 +124,96 @@ class _Turns:
         )
         # The extra row holds for axes that rest in a round.
         self.cos = torch.cat([angles.cos(), torch.ones_like(angles[:1])]).unsqueeze(-1)
-        self.sin = torch.cat([angles.sin(), torch.zeros_like(angles[:1])]).unsqueeze(-1)
+        self.sin = _padded(angles.sin())
 
     def apply(self, x: Tensor, step: _Round, *, inverse: bool) -> Tensor:
         c = self.cos.index_select(0, step.angle)
-        s = self.sin.index_select(0, step.angle) * step.sign
+        s = self.signed(self.sin, step)
         return torch.addcmul(c * x, s, x.index_select(0, step.partner), value=-1 if inverse else 1)
+
+    def signed(self, table: Tensor, step: _Round) -> Tensor:
+        """What multiplies the partner of each axis, from a table of the planes."""
+        return table.index_select(0, step.angle) * step.sign
 
     def order(self, *, inverse: bool) -> tuple[_Round, ...]:
         return self.rounds[::-1] if inverse else self.rounds
+
+    def read(self, y: Tensor, grad: Tensor, step: _Round) -> Tensor:
+        """What the gradient of a round's angles is made of, (planes, ...), from its output."""
+        # dy_i/dt = -y_j and dy_j/dt = y_i, so dL/dt = sum of y_i g_j - y_j g_i.
+        products = (y * grad.index_select(0, step.partner)).sum(-1)
+        return products.index_select(0, step.i) - products.index_select(0, step.j)
+
+    def gradient(self, readings: Tensor, *, inverse: bool) -> Tensor:
+        """Gradient of the table of angles, from the readings of all rounds."""
+        return -readings if inverse else readings
+
+    def tangents(self, dangles: Tensor) -> tuple[Tensor, ...]:
+        """Tables that ``push`` needs."""
+        return (_padded(dangles),)
+
+    def push(
+        self, dy: Tensor, y: Tensor, tangents: tuple[Tensor, ...], step: _Round, *, inverse: bool
+    ) -> Tensor:
+        """The tangent after a round, from what the round makes of it, and the round's output."""
+        speed = self.signed(tangents[0], step)
+        speed = -speed if inverse else speed
+        return torch.addcmul(dy, speed, y.index_select(0, step.partner))
+
+
+class _PhasedTurns(_Turns):
+    """Complex rotations: s e^(ip) takes the place of s, its conjugate that of s in row i."""
+
+    def __init__(self, table: Tensor, schedule: Schedule) -> None:
+        angles, phases = table.tensor_split(2)
+        super().__init__(angles, schedule)
+        self.unit = _unit(phases)
+        self.sines, self.cosines = angles.sin(), angles.cos()
+        self.sin = _padded(self.sines * self.unit)
+
+    def signed(self, table: Tensor, step: _Round) -> Tensor:
+        # w for the second axis of a plane, -conj(w) for the first.
+        w = table.index_select(0, step.angle)
+        return torch.complex(w.real * step.sign, w.imag)
+
+    def read(self, y: Tensor, grad: Tensor, step: _Round) -> Tensor:
+        # With K_ab = sum of y_a conj(g_b): K_ij - conj(K_ji) and Im(K_ii - K_jj) (README.md).
+        across = (y * grad.index_select(0, step.partner).conj()).sum(-1)
+        across = across.index_select(0, step.i) - across.index_select(0, step.j).conj()
+        along = (y * grad.conj()).sum(-1).imag
+        along = along.index_select(0, step.i) - along.index_select(0, step.j)
+        return torch.stack([across.real, across.imag, along], dim=1)
+
+    def gradient(self, readings: Tensor, *, inverse: bool) -> Tensor:
+        real, imag, along = readings.unbind(1)
+        across = self.unit * torch.complex(real, imag)
+        s = -self.sines if inverse else self.sines
+        of_angles = -across.real if inverse else across.real
+        of_phases = s * (s * along - self.cosines * across.imag)
+        return torch.cat([of_angles, of_phases])
+
+    def tangents(self, dangles: Tensor) -> tuple[Tensor, ...]:
+        dt, dp = dangles.tensor_split(2)
+        s, c = self.sines, self.cosines
+        return _padded(self.unit * torch.complex(dt, s * c * dp)), _padded(s * s * dp)
+
+    def push(
+        self, dy: Tensor, y: Tensor, tangents: tuple[Tensor, ...], step: _Round, *, inverse: bool
+    ) -> Tensor:
+        dy = super().push(dy, y, tangents, step, inverse=inverse)
+        along = tangents[1].index_select(0, step.angle) * step.sign
+        return torch.addcmul(dy, torch.complex(torch.zeros_like(along), along), y)
+
+
+def _padded(table: Tensor) -> Tensor:
+    """With a row of zeros for axes that rest, and an axis for the columns."""
+    return torch.cat([table, torch.zeros_like(table[:1])]).unsqueeze(-1)
+
+
+def _turns(angles: Tensor, schedule: Schedule) -> _Turns:
+    """The rotations of a table of angles, or of angles followed by as many phases."""
+    with_phases = angles.shape[-1] > schedule.num_angles
+    return (_PhasedTurns if with_phases else _Turns)(angles.mT, schedule)
 
 
 def _state(x: Tensor, columns: bool) -> Tensor:
@@ -120,12 +230,12 @@ def turn(x: Tensor | None, angles: Tensor, schedule: Schedule, inverse: bool) ->
 
     Without x, the columns of the identity, as the matrix of each set (sets, dim, dim).
     """
+    turns = _turns(angles, schedule)
     if x is None:
-        identity = torch.eye(schedule.dim, dtype=angles.dtype, device=angles.device)
+        identity = torch.eye(schedule.dim, dtype=turns.sin.dtype, device=angles.device)
         state = identity.unsqueeze(1).expand(-1, len(angles), -1)
     else:
         state = _state(x, False)
-    turns = _Turns(angles.mT, schedule)
     for step in turns.order(inverse=inverse):
         state = turns.apply(state, step, inverse=inverse)
     return _unstate(state, x is None)
@@ -146,18 +256,16 @@ def pull(
     """
     # Every operation is out of place and differentiable: nothing is written into the
     # incoming gradient, and a second backward runs through this code.
-    turns = _Turns(angles.mT, schedule)
+    turns = _turns(angles, schedule)
     both = torch.cat([_state(y, columns), _state(grad, columns)], dim=-1)
-    grads = []
+    readings = []
     for step in turns.order(inverse=not inverse):
         y, grad = both.tensor_split(2, dim=-1)
-        # dy_i/dt = -y_j and dy_j/dt = y_i, so dL/dt = sum of y_i g_j - y_j g_i.
-        products = (y * grad.index_select(0, step.partner)).sum(-1)
-        grads.append(products.index_select(0, step.i) - products.index_select(0, step.j))
+        readings.append(turns.read(y, grad, step))
         both = turns.apply(both, step, inverse=not inverse)
-    grad_angles = torch.cat(grads if inverse else grads[::-1]).mT
+    readings = torch.cat(readings if inverse else readings[::-1])
     dx = _unstate(both[..., y.shape[-1] :], columns)
-    return dx, -grad_angles if inverse else grad_angles
+    return dx, turns.gradient(readings, inverse=inverse).mT
 
 
 def _push(
@@ -170,18 +278,15 @@ def _push(
     columns: bool,
 ) -> Tensor:
     """The tangent of what ``turn`` returned, from those of x and angles."""
-    turns, y = _Turns(angles.mT, schedule), _state(y, columns)
+    turns, y = _turns(angles, schedule), _state(y, columns)
     for step in turns.order(inverse=not inverse):
         y = turns.apply(y, step, inverse=not inverse)
     dy = torch.zeros_like(y) if dx is None else _state(dx, columns)
-    dangles = torch.zeros_like(angles) if dangles is None else dangles
-    dangles = torch.cat([dangles.mT, torch.zeros_like(dangles.mT[:1])]).unsqueeze(-1)
+    tangents = turns.tangents((torch.zeros_like(angles) if dangles is None else dangles).mT)
     for step in turns.order(inverse=inverse):
         y = turns.apply(y, step, inverse=inverse)
         dy = turns.apply(dy, step, inverse=inverse)
-        speed = dangles.index_select(0, step.angle) * step.sign
-        speed = -speed if inverse else speed
-        dy = torch.addcmul(dy, speed, y.index_select(0, step.partner))
+        dy = turns.push(dy, y, tangents, step, inverse=inverse)
     return _unstate(dy, columns)
 
 

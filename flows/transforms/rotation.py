@@ -2,14 +2,20 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flows import givens
 from flows.checks import check_at_least, check_positive
+from flows.orthogonal_base import (
+    OrthogonalBase,
+    check_orthogonal,
+    nearest_orthogonal,
+    starts_at_random,
+)
 from flows.transforms.base import Transform, check_features
 
 __all__ = ["Rotation", "Rotation1x1"]
@@ -18,7 +24,7 @@ Init = Literal["identity", "haar", "permutation"] | Tensor
 Ties = Literal["rounds"] | Sequence[int]
 
 
-class Rotation(Transform):
+class Rotation(OrthogonalBase, Transform):
     r"""Volume-preserving map :math:`y = W x`, :math:`W = B\,U(\theta)`.
 
     :math:`B` is a fixed orthogonal matrix, :math:`U` turns each plane of the schedule by
@@ -102,13 +108,13 @@ class Rotation(Transform):
         Optimizer moments and averages of the angles must restart with it.
         """
         turned = givens.matrix(self.angles.double(), self.schedule)
-        self.base.copy_(_nearest_orthogonal(self.base.double() @ turned))
+        self.base.copy_(nearest_orthogonal(self.base.double() @ turned))
         self._restart()
 
     @torch.no_grad()
     def _restart(self) -> None:
         """Angles where learning starts; the base takes up what they turn."""
-        if not self.schedule.name.startswith("cosine_sine"):
+        if not starts_at_random(self.schedule):
             self.raw_angles.zero_()
             return
         # Within the limit, where its derivative is not yet small.
@@ -116,23 +122,6 @@ class Rotation(Transform):
         self.raw_angles.uniform_(-widest, widest)
         turned = givens.matrix(self.angles.double(), self.schedule)
         self.base.copy_(self.base.double() @ turned.mT)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
-        before = self.base.dtype
-        super()._apply(fn, recurse)
-        if self.base.dtype != before:
-            self._sharpen_base()
-        return self
-
-    @torch.no_grad()
-    def _sharpen_base(self) -> None:
-        """Orthogonalize a base that came from a coarser dtype; leave others bit for bit."""
-        if self.base.is_meta:
-            return
-        identity = torch.eye(self.features, dtype=self.base.dtype, device=self.base.device)
-        error = (self.base @ self.base.mT - identity).abs().max()
-        if error > 100 * torch.finfo(self.base.dtype).eps:
-            self.base.copy_(_nearest_orthogonal(self.base))
 
     @property
     def _identity(self) -> str:
@@ -144,24 +133,6 @@ class Rotation(Transform):
             digest = hashlib.sha256(repr(self.groups.tolist()).encode()).hexdigest()[:16]
             parts.append(f"ties={digest}")
         return " ".join(parts)
-
-    def get_extra_state(self) -> Tensor:
-        """The identity as bytes: a tensor, so that every weight format can hold it."""
-        return torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        name = bytes(state.tolist()).decode(errors="replace")
-        if name != self._identity:
-            raise ValueError(
-                f"these weights belong to the schedule {name}, the layer has {self._identity}."
-            )
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Torch copies the parameters first: weights of another schedule must not get that far.
-        if f"{prefix}_extra_state" in state_dict:
-            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._sharpen_base()
 
     def extra_repr(self) -> str:
         return f"features={self.features}, schedule={self.schedule}, angles={len(self.raw_angles)}"
@@ -249,14 +220,6 @@ def _groups(ties: Ties | None, schedule: givens.Schedule) -> Tensor | None:
     return groups.long()
 
 
-def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of a nearly orthogonal matrix, by Newton's iteration in float64."""
-    q = matrix.double()
-    for _ in range(8):
-        q = 1.5 * q - 0.5 * q @ (q.mT @ q)
-    return q.to(matrix.dtype)
-
-
 def _initial_matrix(init: Init, features: int) -> Tensor:
     """The orthogonal matrix that ``init`` asks for, in the default dtype."""
     dtype = torch.get_default_dtype()
@@ -266,14 +229,8 @@ def _initial_matrix(init: Init, features: int) -> Tensor:
                 raise ValueError(
                     f"init must have shape {(features, features)}, got {tuple(init.shape)}."
                 )
-            identity = torch.eye(features, dtype=torch.float64)
-            error = (init.detach().cpu().double() @ init.detach().cpu().double().mT) - identity
-            if not error.abs().max() <= 1e-4:
-                raise ValueError(
-                    "init must be orthogonal, Q Q^T = I; "
-                    f"its largest error is {error.abs().max():.2g}."
-                )
-            return _nearest_orthogonal(init.detach().double()).to(dtype)
+            check_orthogonal("init", init)
+            return nearest_orthogonal(init.detach().double()).to(dtype)
         case "identity":
             return torch.eye(features)
         case "permutation":
