@@ -1,6 +1,6 @@
 """Compiled for the CPU: a slab of columns stays in cache through all rotations.
 
-An engine of ``rounds.py``. Each tile of the program (``program.py``) loads a few rows of the
+An engine of ``autograd.py``. Each tile of the program (``program.py``) loads a few rows of the
 slab into vector registers, turns them, and stores them (``lanes.py``). A turn by t is three
 shears, with tau = tan(t / 2) and s = sin t,
 
@@ -68,7 +68,7 @@ def pull(
         dx, dangles = pull(*full, schedule, inverse, columns=columns)
         return dx.to(y.dtype), dangles.to(angles.dtype)
     dangles = angles.new_empty(angles.shape)
-    dx = grad if columns else grad.new_empty(grad.shape)
+    dx = grad.new_empty((0, 0, 0) if columns else grad.shape)
     if _own_angles(y, columns):
         rows = (_array(t)[:, 0] for t in (y, grad, dx))
         _each(_pull_each, (*rows, _array(angles), _array(dangles)), schedule, inverse)

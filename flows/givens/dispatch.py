@@ -1,5 +1,6 @@
 """The public door of ``flows.givens``: checks the arguments, chooses, calls."""
 
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal
 
@@ -7,16 +8,19 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from flows.givens import product, reference, rounds
+from flows.givens import autograd, product, reference
 from flows.givens.schedule import Schedule
 
 __all__ = ["IMPLS", "matrix", "rotate"]
 
-IMPLS = ("auto", "reference", "rounds", "product", "compiled")
-Impl = Literal["auto", "reference", "rounds", "product", "compiled"]
+IMPLS = ("auto", "reference", "rounds", "product", "compiled", "triton")
+Impl = Literal["auto", "reference", "rounds", "product", "compiled", "triton"]
 
 # From this dimension on a shared matrix is built by products; below it the two cost alike.
 PRODUCT_FROM = 64
+
+# On the CPU everything is done by compiled code where that can be.
+HAS_NUMBA = find_spec("numba") is not None
 
 # Complex results exist in these precisions.
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -66,15 +70,15 @@ def matrix(
     if phases is not None:
         _check_phases(phases, angles, schedule)
         return _unitary(impl).matrix(angles, schedule, phases=phases)
-    match _chosen(impl, schedule, shared=True):
+    match _chosen(impl, angles, schedule, shared=True):
         case "reference":
             return reference.matrix(angles, schedule)
         case "rounds":
-            return rounds.matrix(angles, schedule)
+            return autograd.matrix(angles, schedule)
         case "product":
             return product.matrix(angles, schedule)
-        case "compiled":
-            return rounds.matrix(angles, schedule, engine=_compiled())
+        case "compiled" | "triton" as name:
+            return autograd.matrix(angles, schedule, engine=_engine(name))
         case _:
             raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
 
@@ -128,29 +132,36 @@ def rotate(
             "x and angles must share dtype and device, got "
             f"{x.dtype} on {x.device} and {angles.dtype} on {angles.device}."
         )
-    match _chosen(impl, schedule, shared=angles.ndim == 1):
+    match _chosen(impl, angles, schedule, shared=angles.ndim == 1):
         case "reference":
             return reference.rotate(x, angles, schedule, inverse=inverse)
         case "rounds":
-            return rounds.rotate(x, angles, schedule, inverse=inverse)
+            return autograd.rotate(x, angles, schedule, inverse=inverse)
         case "product":
             return product.rotate(x, angles, schedule, inverse=inverse)
-        case "compiled":
-            return rounds.rotate(x, angles, schedule, inverse=inverse, engine=_compiled())
+        case "compiled" | "triton" as name:
+            engine = _engine(name)
+            return autograd.rotate(x, angles, schedule, inverse=inverse, engine=engine)
         case _:
             raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
 
 
-def _chosen(impl: str, schedule: Schedule, *, shared: bool) -> str:
-    """What "auto" stands for; anything else is obeyed."""
+def _chosen(impl: str, angles: Tensor, schedule: Schedule, *, shared: bool) -> str:
+    """What "auto" stands for, see README.md; anything else is obeyed."""
     if impl != "auto":
         return impl
+    if angles.device.type == "cpu" and HAS_NUMBA:
+        return "compiled"
     products = schedule.name.startswith(("crossing(", "cosine_sine("))
     return "product" if shared and products and schedule.dim >= PRODUCT_FROM else "rounds"
 
 
-def _compiled() -> ModuleType:
-    """The compiled engine, which needs numba; imported when used."""
+def _engine(name: str) -> ModuleType:
+    """The engines that need a package of their own, imported at the moment of use."""
+    if name == "triton":
+        from flows.givens import kernels
+
+        return kernels
     from flows.givens import compiled
 
     return compiled
@@ -202,7 +213,7 @@ def _unitary(impl: str) -> ModuleType:
         case "reference":
             return reference
         case "auto" | "rounds":
-            return rounds
+            return autograd
         case _ if impl in IMPLS:
             raise ValueError(
                 f"impl {impl!r} builds real matrices only; with phases use 'rounds', 'reference' "

@@ -8,11 +8,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numba
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+try:
+    import numba
+    from llvmlite import binding, ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise ImportError(
+        'impl="compiled" needs the numba package: pip install givens-flows[compiled]'
+    ) from error
 
 __all__ = ["VECTOR", "njit", "tile", "turn_lanes"]
 

@@ -1,87 +1,24 @@
 """Round by round: a round turns all its disjoint planes at once.
 
 The state is (dim, sets, columns): the transformed axis first, so that a round gathers whole
-rows, then one row per set of angles, then the columns that share those angles. The backward
-pass un-rotates the output and its gradient together, so that memory does not depend on the
-number of rounds (README.md).
-
-An engine is a faster way to do the same: a module with functions ``turn`` and ``pull`` like
-those below. It serves the forward pass and the first derivative; derivatives of derivatives,
-forward mode and the compiler go by the rounds.
-
-A unitary differs in its table: the angles are followed by their phases, and the state is complex.
+rows, then one row per set of angles, then the columns that share those angles. Every
+operation is out of place and differentiable. A unitary differs in its table: the angles are
+followed by their phases, and the state is complex.
 """
 
-import inspect
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flows.givens.schedule import Schedule
 
-__all__ = ["matrix", "rotate"]
+__all__ = ["pull", "push", "turn", "unit"]
 
 
-def rotate(
-    x: Tensor,
-    angles: Tensor,
-    schedule: Schedule,
-    *,
-    phases: Tensor | None = None,
-    inverse: bool = False,
-    engine: ModuleType | None = None,
-) -> Tensor:
-    """Turn the last axis of x; angles (num_angles,) for all rows, or one set per row of x.
-
-    With phases (num_angles + dim,) or one set per row, x must be complex.
-    """
-    if phases is not None:
-        angles, last = _with_phases(angles, phases, schedule)
-        x = x * _unit(-last) if inverse else x
-    sets, n = angles.reshape(-1, angles.shape[-1]), schedule.dim
-    rows = x.reshape(1, -1, n) if angles.ndim == 1 else x.reshape(-1, 1, n)
-    y = _apply(rows, sets, schedule, inverse, engine).reshape(x.shape)
-    return y if phases is None or inverse else y * _unit(last)
-
-
-def matrix(
-    angles: Tensor,
-    schedule: Schedule,
-    *,
-    phases: Tensor | None = None,
-    engine: ModuleType | None = None,
-) -> Tensor:
-    """U for each set of angles: the rotations applied to the columns of the identity."""
-    if phases is not None:
-        angles, last = _with_phases(angles, phases, schedule)
-    n, sets = schedule.dim, angles.reshape(-1, angles.shape[-1])
-    u = _apply(None, sets, schedule, False, engine).reshape(*angles.shape[:-1], n, n)
-    return u if phases is None else _unit(last).unsqueeze(-1) * u
-
-
-def _with_phases(angles: Tensor, phases: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Angles followed by the phases of their planes, and the phases of the diagonal."""
-    turned, last = phases.tensor_split([schedule.num_angles], dim=-1)
-    return torch.cat([angles, turned], dim=-1), last
-
-
-def _unit(phases: Tensor) -> Tensor:
+def unit(phases: Tensor) -> Tensor:
+    """e^(i phase)."""
     return torch.complex(phases.cos(), phases.sin())
-
-
-def _apply(
-    x: Tensor | None,
-    angles: Tensor,
-    schedule: Schedule,
-    inverse: bool,
-    engine: ModuleType | None,
-) -> Tensor:
-    # The compiler derives a backward pass of its own, and decides itself what to keep.
-    if torch.compiler.is_compiling():
-        return turn(x, angles, schedule, inverse)
-    return _Rotate.apply(x, angles, schedule, inverse, engine)
 
 
 class _Round(NamedTuple):
@@ -167,7 +104,7 @@ class _PhasedTurns(_Turns):
     def __init__(self, table: Tensor, schedule: Schedule) -> None:
         angles, phases = table.tensor_split(2)
         super().__init__(angles, schedule)
-        self.unit = _unit(phases)
+        self.unit = unit(phases)
         self.sines, self.cosines = angles.sin(), angles.cos()
         self.sin = _padded(self.sines * self.unit)
 
@@ -254,8 +191,6 @@ def pull(
 
     ``columns`` tells that these are columns of matrices; a gradient of x has no meaning then.
     """
-    # Every operation is out of place and differentiable: nothing is written into the
-    # incoming gradient, and a second backward runs through this code.
     turns = _turns(angles, schedule)
     both = torch.cat([_state(y, columns), _state(grad, columns)], dim=-1)
     readings = []
@@ -268,7 +203,7 @@ def pull(
     return dx, turns.gradient(readings, inverse=inverse).mT
 
 
-def _push(
+def push(
     y: Tensor,
     angles: Tensor,
     dx: Tensor | None,
@@ -288,68 +223,3 @@ def _push(
         dy = turns.apply(dy, step, inverse=inverse)
         dy = turns.push(dy, y, tangents, step, inverse=inverse)
     return _unstate(dy, columns)
-
-
-class _Rotate(torch.autograd.Function):
-    """``turn`` and its derivatives."""
-
-    @staticmethod
-    def forward(
-        x: Tensor | None,
-        angles: Tensor,
-        schedule: Schedule,
-        inverse: bool,
-        engine: ModuleType | None,
-    ) -> Tensor:
-        if engine is not None:
-            return engine.turn(x, angles, schedule, inverse)
-        # Contiguous, as forward mode wants an output that is no view.
-        return turn(x, angles, schedule, inverse).clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, angles, ctx.schedule, ctx.inverse, ctx.engine = inputs
-        ctx.columns = x is None
-        ctx.save_for_backward(output, angles)
-        ctx.save_for_forward(output, angles)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
-        y, angles = ctx.saved_tensors
-        fast = ctx.engine is not None and not torch.is_grad_enabled() and _in_memory(grad)
-        dx, dangles = (ctx.engine.pull if fast else pull)(
-            y, grad, angles, ctx.schedule, ctx.inverse, columns=ctx.columns
-        )
-        return None if ctx.columns else dx, dangles, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dangles: Tensor | None, *_: None) -> Tensor:
-        given = *ctx.saved_tensors, dx, dangles, ctx.schedule, ctx.inverse
-        return _push(*given, ctx.columns)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor | None, angles: Tensor, *rest: Any):
-        x_dim, angles_dim = in_dims[:2]
-        if angles_dim is None:  # more rows with the same angles
-            x = x.movedim(x_dim, 1)
-            y = _Rotate.apply(x.flatten(1, 2), angles, *rest)
-            return y.unflatten(1, x.shape[1:3]), 1
-        angles = angles.movedim(angles_dim, 0)
-        if x is not None:
-            x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
-            x = x.expand(info.batch_size, -1, -1, -1).flatten(0, 1)
-        y = _Rotate.apply(x, angles.flatten(0, 1), *rest)
-        return y.unflatten(0, angles.shape[:2]), 0
-
-
-# Torch asks for the signature in every call, which takes as long as a small rotation.
-_Rotate.forward.__signature__ = inspect.signature(_Rotate.forward)
-
-
-def _in_memory(tensor: Tensor) -> bool:
-    """Whether there are numbers to read: not so for the wrappers of a batched backward."""
-    try:
-        tensor.data_ptr()
-    except RuntimeError:
-        return False
-    return True

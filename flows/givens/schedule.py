@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from operator import index
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ class Schedule:
             self.planes = torch.from_numpy(np.ascontiguousarray(planes, np.int64))
             self.round_of_plane = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
         self.name = name
+        _NAMED[name] = self
         self._derived: dict[Hashable, Any] = {}
 
     @classmethod
@@ -110,6 +112,13 @@ class Schedule:
     def __hash__(self) -> int:
         return hash(self.name)
 
+    @staticmethod
+    def named(name: str) -> "Schedule":
+        """The schedule of this name, if there is one in this process."""
+        if name not in _NAMED:
+            raise ValueError(f"the schedule {name} must be made before it is used by name.")
+        return _NAMED[name]
+
     def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Something derived from the schedule, such as index tensors; built once, never saved."""
         if key not in self._derived:
@@ -119,6 +128,10 @@ class Schedule:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_derived": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _NAMED[self.name] = self
 
     def __deepcopy__(self, memo: dict) -> "Schedule":
         return self
@@ -165,6 +178,10 @@ class Schedule:
         kept = rule(planes[:, 0], planes[:, 1])
         rounds = self.round_of_plane.numpy()
         return self._from_rounds(self.dim, planes[kept], rounds[kept], f"{self.name}.{step}")
+
+
+# For compiled graphs, which hold no objects.
+_NAMED: "WeakValueDictionary[str, Schedule]" = WeakValueDictionary()
 
 
 def _check_dim(n: int) -> None:

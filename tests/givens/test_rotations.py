@@ -8,7 +8,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from flows import givens
-from flows.givens import Schedule
+from flows.givens import Schedule, dispatch
 
 # Torch itself scripts a few functions when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -574,15 +574,24 @@ def test_bad_arguments_are_refused_in_plain_words(case):
 
 
 def test_auto_is_one_of_the_named_implementations():
-    # The product form serves some schedules only and has a file of its own.
-    assert set(givens.IMPLS) == {"auto", "reference", "product", *FAST}
+    # The product form serves some schedules only and Triton not every device: tested apart.
+    assert set(givens.IMPLS) == {"auto", "reference", "product", "triton", *FAST}
     schedule, angles = givens.crossing(6), torch.randn(15)
     matrices = [givens.matrix(angles, schedule, impl=impl) for impl in ["reference", *FAST]]
     assert any(givens.matrix(angles, schedule).equal(matrix) for matrix in matrices)
 
 
-@pytest.mark.parametrize(("make", "impl"), [("crossing", "product"), ("odd_even", "rounds")])
-def test_auto_builds_large_shared_matrices_by_products_where_they_exist(make, impl):
+@pytest.mark.parametrize(
+    ("make", "numba", "impl"),
+    [
+        ("crossing", True, "compiled"),
+        ("odd_even", True, "compiled"),
+        ("crossing", False, "product"),
+        ("odd_even", False, "rounds"),
+    ],
+)
+def test_auto_takes_the_fastest_way_that_is_there(make, numba, impl, monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
     schedule = getattr(givens, make)(64)
     angles = torch.randn(schedule.num_angles)
     assert torch.equal(givens.matrix(angles, schedule), givens.matrix(angles, schedule, impl=impl))
