@@ -25,7 +25,7 @@ def show(rows: list[dict], device: str) -> None:
     names = list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["method"], row["n"]): row for row in rows}
     for mode, title in RATIOS.items():
-        table = _table(f"{title}\n{device}; lower is better", ["n =", *map(str, sizes)])
+        table = _table(console, f"{title}, {device}; lower is better", ["n =", *map(str, sizes)])
         for name in names:
             cols = [_ratio(cells.get((name, n), {}), mode) for n in sizes]
             if any(col != EMPTY for col in cols) and not (mode != "step" and "plain" in name):
@@ -37,7 +37,9 @@ def show(rows: list[dict], device: str) -> None:
         table.add_row("fastest other / our auto", *ahead)
         console.print(table)
     heads = ["at the largest n measured", "n", "peak MiB", "|UU'-I|", "in float64", "gradient"]
-    table = _table("Memory of a step, largest error of the matrix and its gradient", heads)
+    table = _table(
+        console, "Memory of a step, largest error of the matrix and its gradient", heads
+    )
     for name in names:
         found = [row for row in rows if row["method"] == name and "step_ms" in row]
         if found:
@@ -53,7 +55,7 @@ def show_samples(rows: list[dict], device: str) -> None:
     """Rotations with angles per sample: a section for each schedule, a line for each method."""
     console = _console()
     heads = ["", "forward ms", "/ copy", "/ loop", "f + b ms", "/ copy", "/ loop", "saved MiB"]
-    table = _table(f"One set of angles per sample, {device}", heads)
+    table = _table(console, f"One set of angles per sample, {device}", heads)
     before = None
     for row in rows:
         group = f"{row['schedule']}, {row['samples']} samples"
@@ -63,6 +65,8 @@ def show_samples(rows: list[dict], device: str) -> None:
         before = group
         keys = [f"{m}_{k}" for m in MODES for k in ("ms", "over_copy", "over_loop")]
         cols = [_number(row.get(key)) for key in (*keys, "saved_mib")]
+        if all(col == EMPTY for col in cols):
+            continue
         ours = row["method"] in IMPLS
         table.add_row(f"  {row['method']}", *cols, style="bold" if ours else "")
     console.print(table)
@@ -88,8 +92,9 @@ def _console() -> Console:
     return console if console.width >= 110 else Console(width=110)  # a file, or lines that wrap
 
 
-def _table(title: str, heads: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+def _table(console: Console, title: str, heads: list[str]) -> Table:
+    console.print(title, style="bold underline", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
     for k, head in enumerate(heads):
         table.add_column(head, justify="left" if k == 0 else "right", no_wrap=True)
     return table

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
+_told = 0.0  # when progress last said something to a file
 # What a candidate may raise when it does not serve a size, a dtype or a device.
 FAILURES = (ImportError, MemoryError, NotImplementedError, RuntimeError, ValueError)
 
@@ -121,10 +122,12 @@ def _resident_kib(key: str) -> int:
 
 
 def progress(text: str) -> None:
-    """One line on the error stream, which the next one overwrites on a terminal."""
+    """One line on the error stream: on a terminal over the last one, else every ten seconds."""
+    global _told
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif text:
+    elif text and time.perf_counter() - _told > 10:
+        _told = time.perf_counter()
         print(text, file=sys.stderr, flush=True)
 
 
