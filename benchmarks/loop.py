@@ -18,18 +18,16 @@ def plain_loop(schedule: Schedule, device: str) -> Callable[[Tensor, Tensor], Te
 
     ``angles`` has one axis for all rows of x, or one set per row.
     """
-    n, count = schedule.dim, schedule.num_angles
-    rounds = []
-    planes = iter(enumerate(schedule.planes.tolist()))
-    for size in map(len, schedule.rounds):
-        partner, angle, sign = list(range(n)), [count] * n, [0.0] * n
-        for _ in range(size):
-            k, (i, j) = next(planes)
-            partner[i], partner[j] = j, i
-            angle[i] = angle[j] = k
-            sign[i], sign[j] = -1.0, 1.0
-        lists = (partner, angle, sign)
-        rounds.append([torch.tensor(entries, device=device) for entries in lists])
+    n, count, shape = schedule.dim, schedule.num_angles, (len(schedule), schedule.dim)
+    (i, j), r, k = schedule.planes.unbind(-1), schedule.round_of_plane, torch.arange(count)
+    partner = torch.arange(n).repeat(len(schedule), 1)
+    partner[r, i], partner[r, j] = j, i
+    angle = torch.full(shape, count)
+    angle[r, i] = angle[r, j] = k
+    sign = torch.zeros(shape, dtype=torch.float32)
+    sign[r, i], sign[r, j] = -1.0, 1.0
+    tables = [table.to(device).unbind() for table in (partner, angle, sign)]
+    rounds = list(zip(*tables, strict=True))
 
     def rotate(x: Tensor, angles: Tensor) -> Tensor:
         angles = torch.cat([angles, angles.new_zeros(*angles.shape[:-1], 1)], -1)  # axes that rest

@@ -22,7 +22,7 @@ __all__ = ["Weight", "dense", "double_by_default", "impls", "weights"]
 
 # Schedules without a product form are for small matrices, and the definition is no engine.
 ROUNDS_TO = 64
-REFERENCE_TO = 48
+REFERENCE_TO = 12
 
 
 class Weight(nn.Module):
