@@ -28,8 +28,10 @@ format: setup
 notebooks: setup
 	$(BIN)/python -m pytest notebooks $(ARGS)
 
-bench: setup
+bench: setup  ## make bench ARGS="--threads 1"; with a GPU: .venv/bin/python -m benchmarks.gpu
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.orthogonal $(ARGS)
+	$(BIN)/python -m benchmarks.per_sample $(ARGS)
 
 fashion-mnist:  ## real Fashion-MNIST from Debian's archive, into data/FashionMNIST/raw
 	mkdir -p data/FashionMNIST/raw

@@ -1,24 +1,148 @@
 """The benchmarks run and write what they measured."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
-from benchmarks import orthogonal, timing
+import pytest
+import torch
+
+from benchmarks import checks, gpu, orthogonal, per_sample, timing
+from benchmarks.loop import SAVED_PER_ROUND, plain_loop
+from flows import givens
+
+ROOT = Path(__file__).parents[1]
 
 
-def test_orthogonal_writes_ratios_to_a_dense_weight(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call a script's main with arguments; returns the content of its JSON."""
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["orthogonal", "--sizes", "3", "--seconds", "0.01"])
-    orthogonal.main()
-    (file,) = tmp_path.iterdir()
-    rows = json.loads(file.read_text())["rows"]
-    assert {row["n"] for row in rows} == {3} and len(rows) == 6
-    assert rows[0]["name"] == "dense" and rows[0]["over_dense"] == 1
-    assert str(file) in capsys.readouterr().out
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
+        script.main()
+        (file,) = tmp_path.glob("*.json")
+        return json.loads(file.read_text())
+
+    return call
 
 
-def test_candidates_take_turns():
+def test_orthogonal_writes_ratios_memory_and_errors_of_every_method(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(orthogonal, "COMPILED_TO", 0)  # no second process
+    content = run(orthogonal, "--sizes", "2", "4", "--seconds", "0", "--device", "cpu")
+    assert content["versions"]["torch"] == torch.__version__
+    assert "--sizes 2 4" in content["command"]
+    rows = {(row["method"], row["n"]): row for row in content["rows"]}
+    methods = ["crossing, auto", "cosine_sine, product", "odd_even, rounds", "our CWY"]
+    methods += ["torch matrix_exp", "torch cayley", "torch householder", "loop over rounds"]
+    for method in methods:
+        for n in (2, 4):
+            row = rows[method, n]
+            assert min(row[f"{mode}_ratio"] for mode in orthogonal.MODES) > 0
+            assert row["orthogonality_float32"] < 2e-6
+            assert row["gradient_error"] < (1e-3 if method == "torch matrix_exp" else 2e-6)
+            assert row["orthogonality_float64"] < 1e-14
+    assert "got odd_even(4)" in rows["odd_even, product", 4]["skipped"]["step"]
+    run(orthogonal, "--plot", "--device", "cpu", "--figure", str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_auto_is_measured_in_a_process_without_numba():
+    rows = orthogonal.without_compiled([2], seconds=0)
+    assert {"crossing, auto without numba", "cosine_sine, auto without numba"} <= {
+        row["method"] for row in rows
+    }
+    assert all(row["step_ratio"] > 0 for row in rows)
+
+
+def test_what_is_too_slow_or_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nflows.transforms.orthogonal", None)
+    rows = orthogonal.measure([2], seconds=0, only="nflows")
+    assert all("nflows" in rows[1]["skipped"][mode] for mode in orthogonal.MODES)
+    rows = orthogonal.measure([2, 4], seconds=0, limit=1e-9, only="our CWY")
+    reasons = [row["skipped"]["step"] for row in rows if row["method"] == "our CWY"]
+    assert "one call takes" in reasons[0] and "at n = 2" in reasons[1]
+
+
+def test_per_sample_compares_with_a_copy_and_a_loop(run):
+    options = ["--sizes", "4", "--samples", "8", "--seconds", "0", "--memory", "2e-6"]
+    rows = run(per_sample, *options, "--device", "cpu")["rows"]
+    assert {row["schedule"] for row in rows} == {"butterfly(4)", "round_robin(4)"}
+    assert {row["samples"] for row in rows} == {8, 4}  # 4 where the loop would keep too much
+    for row in rows:
+        if row["method"] in ("auto", "rounds"):
+            assert row["forward_over_copy"] > 0 and row["forward_backward_over_copy"] > 0
+            assert row["saved_mib"] * 2**20 == 4 * 4 * row["samples"]  # the output alone
+            beside_loop = row["samples"] == 4 or "butterfly" in row["schedule"]
+            assert ("forward_over_loop" in row) == beside_loop
+
+
+def test_the_loop_rotates_and_keeps_what_we_say():
+    schedule = givens.round_robin(32)
+    x = torch.randn(64, 32, requires_grad=True)
+    angles = torch.randn(64, schedule.num_angles, requires_grad=True)
+    loop = plain_loop(schedule, "cpu")
+    torch.testing.assert_close(loop(x, angles), givens.rotate(x, angles, schedule))
+    torch.testing.assert_close(
+        loop(x, angles[0]), givens.rotate(x, angles[0], schedule), atol=1e-5, rtol=1e-5
+    )
+    expected = 4 * 64 * (32 * SAVED_PER_ROUND * len(schedule) + schedule.num_angles) / 2**20
+    assert per_sample.saved_mib(loop, x, angles) == pytest.approx(expected, rel=0.1)
+
+
+def test_checks_accept_our_engines_and_catch_a_wrong_one(monkeypatch):
+    rows = checks.run("cpu", budget=60, sizes=(3,), large=(8,))
+    assert checks.show(rows) == 0
+    assert {"rounds", "product"} <= {row["impl"] for row in rows if row["ok"]}
+    exact = givens.matrix
+
+    def wrong(angles, schedule, *, impl="auto"):
+        return exact(angles, schedule, impl=impl) * (1 + 1e-5 * (impl == "rounds"))
+
+    monkeypatch.setattr(givens, "matrix", wrong)
+    rows = checks.run("cpu", budget=60, sizes=(3,), large=(8,))
+    assert {row["impl"] for row in rows if row["ok"] is False} == {"rounds", "auto"} - {"auto"}
+
+
+def test_gpu_writes_every_part(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    parts = ["orthogonal", "per_sample"]
+    results = gpu.measure("cpu", parts=parts, budget=0, sizes=[2], path=path)
+    assert gpu.show(results) == 0
+    content = json.loads(path.read_text())
+    assert content["orthogonal"] and set(content["seconds"]) == set(parts)
+
+
+def test_gpu_says_that_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 2 and "no GPU" in capsys.readouterr().out
+
+
+def test_gpu_needs_no_nflows():
+    code = (
+        "import sys; sys.modules['nflows'] = None\n"
+        "from benchmarks import gpu; gpu.import_core()\n"
+        "from benchmarks import checks, orthogonal, per_sample\n"
+        "print([m for m in sys.modules if m.startswith('nflows.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_candidates_take_turns_and_failures_are_told():
     order = []
     candidates = {name: lambda name=name: order.append(name) for name in "ab"}
+    candidates["c"] = lambda: [][0:1].index(0)  # raises ValueError
     times = timing.interleaved(candidates, seconds=0)
-    assert order == list("ab") * 4 and min(times.values()) > 0
+    assert order[:4] == list("aabb") and order[4:] and min(times["a"], times["b"]) > 0
+    assert times["c"].startswith("ValueError")
+
+
+def test_peak_memory_is_seen():
+    peak = timing.peak_mib(lambda: torch.ones(2**24).sum(), "cpu")
+    assert peak is None or 60 < peak < 80

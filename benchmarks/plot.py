@@ -1,0 +1,104 @@
+"""The figure of a training step's cost, drawn from the JSON of ``benchmarks.orthogonal``."""
+
+import math
+from pathlib import Path
+
+__all__ = ["draw"]
+
+# Okabe and Ito's colours, told apart by every kind of eye; ours are the strong ones.
+LINES = {
+    "crossing, auto": ("ours, crossing", "#D55E00", "o"),
+    "cosine_sine, auto": ("ours, cosine-sine", "#0072B2", "s"),
+    "our CWY": ("ours, reflections (CWY)", "#009E73", "^"),
+    "torch cayley": ("torch cayley", "#777777", "v"),
+    "torch matrix_exp": ("torch matrix_exp", "#CC79A7", "D"),
+    "torch householder": ("torch householder", "#9A7400", "P"),
+    "GeoTorch expm": ("GeoTorch expm", "#7A4A66", "x"),
+    "GeoTorch cayley": ("GeoTorch cayley", "#444444", "+"),
+    "nflows Householder": ("nflows Householder", "#2A8FC7", "<"),
+    "loop over rounds": ("loop over rounds", "#000000", "*"),
+}
+BOLD = ("crossing, auto", "cosine_sine, auto")
+
+
+def draw(content: dict, path: Path) -> None:
+    """One line per method: a step's time over that with a plain dense weight, against n."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in content["rows"] if "step_ratio" in row]
+    figure, axes = plt.subplots(figsize=(8, 5.4), dpi=150, layout="constrained")
+    ends = []
+    for method, (label, colour, marker) in LINES.items():
+        points = sorted((row["n"], row["step_ratio"]) for row in rows if row["method"] == method)
+        if not points:
+            continue
+        bold = method in BOLD
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            linewidth=3.2 if bold else 1.3,
+            markersize=7 if bold else 4.5,
+            zorder=3 if bold else 2,
+        )
+        ends.append([*points[-1], label, colour, bold])
+    axes.axhline(1, color="black", linewidth=1, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({row["n"] for row in rows})
+    shown = [n for n in sizes if n not in (64, 192, 768)] if len(sizes) > 6 else sizes
+    axes.set_xticks(shown, map(str, shown))
+    axes.minorticks_off()
+    axes.tick_params(labelsize=11)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_xlabel("size n of the matrix", fontsize=12)
+    axes.set_ylabel("time of a training step,\ntimes a plain dense weight's", fontsize=12)
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"Orthogonal weights, forward and backward, batch {content['batch']}\n"
+        f"{content['device']}, float32, torch {content['versions']['torch']}",
+        fontsize=12,
+        loc="left",
+    )
+    _label_ends(axes, ends, right=sizes[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _label_ends(axes, ends: list[list], *, right: int) -> None:
+    """Names right of the plot in the order of the ends, apart from one another."""
+    low, high = map(math.log, axes.get_ylim())
+    gap = (high - low) / 19
+    ends.append([right, 1.0, "plain dense weight", "black", False])
+    ends.sort(key=lambda end: end[1])
+    heights = [math.log(end[1]) for end in ends]
+    for _ in range(200):  # neighbours push each other away, half of the overlap each
+        for k in range(1, len(heights)):
+            overlap = heights[k - 1] + gap - heights[k]
+            if overlap > 0:
+                heights[k - 1] -= overlap / 2
+                heights[k] += overlap / 2
+    for (n, ratio, label, colour, bold), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            xy=(n, ratio),
+            xytext=(right * 1.35, math.exp(height)),
+            color=colour,
+            fontsize=11,
+            fontweight="bold" if bold else "normal",
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+            },
+        )

@@ -1,0 +1,125 @@
+"""Tables on the screen."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from flows.givens import IMPLS
+
+__all__ = ["show", "show_samples"]
+
+OURS = ("crossing", "cosine_sine", "odd_even", "our CWY")
+RATIOS = {
+    "step": "Training step over one with a plain dense weight",
+    "forward": "Matrix, forward, over one dense product",
+    "forward_backward": "Matrix, forward and backward, over three dense products",
+}
+MODES = ("forward", "forward_backward")
+EMPTY = "·"
+
+
+def show(rows: list[dict], device: str) -> None:
+    """Three tables of ratios, one of memory and errors, then why cells are empty."""
+    console = _console()
+    sizes = sorted({row["n"] for row in rows})
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    cells = {(row["method"], row["n"]): row for row in rows}
+    for mode, title in RATIOS.items():
+        table = _table(console, f"{title}, {device}; lower is better", ["n =", *map(str, sizes)])
+        for name in names:
+            cols = [_ratio(cells.get((name, n), {}), mode) for n in sizes]
+            if any(col != EMPTY for col in cols) and not (mode != "step" and "plain" in name):
+                table.add_row(name, *cols, style="bold" if name.startswith(OURS) else "")
+        unit = "step_ms" if mode == "step" else "product_ms"
+        floor = [_number(cells.get((names[0], n), {}).get(unit)) for n in sizes]
+        table.add_row(f"the unit, ms{' (x 3)' if mode == 'forward_backward' else ''}", *floor)
+        ahead = [_ahead([row for row in rows if row["n"] == n], f"{mode}_ratio") for n in sizes]
+        table.add_row("fastest other / our auto", *ahead)
+        console.print(table)
+    heads = ["at the largest n measured", "n", "peak MiB", "|UU'-I|", "in float64", "gradient"]
+    table = _table(
+        console, "Memory of a step, largest error of the matrix and its gradient", heads
+    )
+    for name in names:
+        found = [row for row in rows if row["method"] == name and "step_ms" in row]
+        if found:
+            row = max(found, key=lambda row: row["n"])
+            keys = ("orthogonality_float32", "orthogonality_float64", "gradient_error")
+            numbers = [_exponent(row.get(key)) for key in keys]
+            table.add_row(name, str(row["n"]), _number(row.get("step_peak_mib")), *numbers)
+    console.print(table)
+    _left_out(console, rows, "n")
+
+
+def show_samples(rows: list[dict], device: str) -> None:
+    """Rotations with angles per sample: a section for each schedule, a line for each method."""
+    console = _console()
+    heads = ["", "forward ms", "/ copy", "/ loop", "f + b ms", "/ copy", "/ loop", "saved MiB"]
+    table = _table(console, f"One set of angles per sample, {device}", heads)
+    before = None
+    for row in rows:
+        group = f"{row['schedule']}, {row['samples']} samples"
+        if group != before:
+            table.add_section()
+            table.add_row(group, style="italic")
+        before = group
+        keys = [f"{m}_{k}" for m in MODES for k in ("ms", "over_copy", "over_loop")]
+        cols = [_number(row.get(key)) for key in (*keys, "saved_mib")]
+        if all(col == EMPTY for col in cols):
+            continue
+        ours = row["method"] in IMPLS
+        table.add_row(f"  {row['method']}", *cols, style="bold" if ours else "")
+    console.print(table)
+    _left_out(console, rows, "schedule")
+
+
+def _left_out(console: Console, rows: list[dict], where: str) -> None:
+    """Why cells are empty: one line for each method and kind of reason."""
+    found: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    for row in rows:
+        for mode, reason in row["skipped"].items():
+            kind = row["method"], reason.rstrip("0123456789.s ")[:30]
+            places = found.setdefault(kind, (reason, []))[1]
+            places.append(f"{mode} {where} = {row[where]}")
+    for (name, _), (reason, places) in found.items():
+        listed = ", ".join(places[:3]) + (f" and {len(places) - 3} more" * (len(places) > 3))
+        text = f"left out: {name}, {listed}: {reason}"
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.width >= 110 else Console(width=110)  # a file, or lines that wrap
+
+
+def _table(console: Console, title: str, heads: list[str]) -> Table:
+    console.print(title, style="bold underline", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for k, head in enumerate(heads):
+        table.add_column(head, justify="left" if k == 0 else "right", no_wrap=True)
+    return table
+
+
+def _ahead(rows: list[dict], key: str) -> str:
+    """How many times as long the fastest peer takes as the faster of our schedules by "auto"."""
+    ours = [row[key] for row in rows if key in row and row["method"].endswith(", auto")]
+    others = [row[key] for row in rows if key in row and not row["method"].startswith(OURS)]
+    return _number(min(others) / min(ours)) if ours and others else EMPTY
+
+
+def _ratio(row: dict, mode: str) -> str:
+    if f"{mode}_ratio" in row:
+        return _number(row[f"{mode}_ratio"])
+    reason = row.get("skipped", {}).get(mode, "")
+    return "slow" if "limit" in reason else "no" if reason else EMPTY
+
+
+def _number(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return EMPTY
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _exponent(value: float | None) -> str:
+    return EMPTY if value is None else f"{value:.0e}"
