@@ -95,22 +95,20 @@ def _shared(
     dangles: Tensor | None = None,
 ) -> None:
     """Turn (x, y), or pull (y, grad, dx), where a set of angles turns several columns."""
-    x, todo = sides[0], program(schedule, inverse=inverse)
-    sets, count, turns = len(x), x.shape[2 if columns else 1], schedule.num_angles
-    slabs = -(-count * x.itemsize // ROW)
-    vectors = -(-count * x.itemsize // (VECTOR * max(slabs, 1)))
-    width, jobs = vectors * VECTOR // x.itemsize, sets * slabs
-    threads = _threads(jobs, jobs * vectors * turns)
-    table = np.empty((sets, turns, 3), x.dtype)
-    signs = np.empty((sets, schedule.dim), x.dtype)
-    _prepare(_array(angles), todo.runs, todo.rows, todo.number, table, signs)
-    given = *sides, columns, width, todo.runs, todo.rows, todo.span, table, signs
+    x, (runs, rows, number, span) = sides[0], program(schedule, inverse=inverse)
+    sets, count, size = len(x), x.shape[2 if columns else 1], x.itemsize
+    slabs = -(-count * size // ROW)
+    vectors = -(-count * size // (VECTOR * max(slabs, 1)))
+    width, jobs = vectors * VECTOR // size, sets * slabs
+    threads = _threads(jobs, jobs * vectors * len(number))
+    table, signs = _prepare(_array(angles), schedule.dim, runs, rows, number)
+    given = *sides, columns, width, runs, rows, span, table, signs
     if dangles is None:
-        _parallel(lambda _, *part: _turn_shared(*given, *part), jobs, threads)
+        _parallel(_turn_shared, given, jobs, threads)
     else:
-        sums = np.zeros((threads, sets, turns), x.dtype)
-        _parallel(lambda k, *part: _pull_shared(*given, sums[k], *part), jobs, threads)
-        _collect(sums, todo.number, table, _array(dangles))
+        sums = np.zeros((threads, sets, len(number)), x.dtype)
+        _parallel(_pull_shared, (*given, sums), jobs, threads)
+        _collect(sums, number, table, _array(dangles))
 
 
 def _each(
@@ -121,8 +119,7 @@ def _each(
     jobs = -(-len(x) * x.itemsize // ROW)
     # Making a turn from its angle costs about eight times the turn.
     threads = _threads(jobs, 8 * jobs * (ROW // VECTOR) * schedule.num_angles)
-    planes = schedule.planes.numpy()
-    _parallel(lambda _, *part: loop(*arrays, planes, inverse, *part), jobs, threads)
+    _parallel(loop, (*arrays, schedule.planes.numpy(), inverse), jobs, threads)
 
 
 # --- threads ------------------------------------------------------------------------------------
@@ -137,16 +134,16 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "flows.givens")
 
 
-def _parallel(part: Callable[[int, int, int], None], jobs: int, threads: int) -> None:
-    """part(thread, first, last) for consecutive shares of the jobs, the first of them here."""
+def _parallel(loop: Callable, given: tuple, jobs: int, threads: int) -> None:
+    """loop(*given, thread, first, last) for consecutive shares of the jobs, the first one here."""
     if threads == 1:
-        part(0, 0, jobs)
+        loop(*given, 0, 0, jobs)
         return
     ends = [jobs * k // threads for k in range(threads + 1)]
     # A forked process has none of its parent's threads and starts its own.
     pool = _pool(os.getpid(), torch.get_num_threads() - 1)
-    others = [pool.submit(part, k, ends[k], ends[k + 1]) for k in range(1, threads)]
-    part(0, 0, ends[1])
+    others = [pool.submit(loop, *given, k, ends[k], ends[k + 1]) for k in range(1, threads)]
+    loop(*given, 0, 0, ends[1])
     for other in others:
         other.result()
 
@@ -177,12 +174,14 @@ _PLANES = tuple(np.array(pattern, np.int64) for pattern in PATTERNS)
 
 
 @njit
-def _prepare(angles, runs, rows, number, table, signs):
-    """Fill the table (sets, turns, 3) with tau, s and the direction of each turn.
+def _prepare(angles, dim, runs, rows, number):
+    """A table (sets, turns, 3) of tau, s and the direction of each turn; signs (sets, dim).
 
     A half turn changes the signs of its rows. They are carried past later turns, which change
-    direction where one of their two rows has changed, and end up in ``signs`` (sets, dim).
+    direction where one of their two rows has changed, and remain to be applied in the end.
     """
+    table = np.empty((len(angles), len(number), 3), angles.dtype)
+    signs = np.empty((len(angles), dim), angles.dtype)
     count, some = 256, 0.0
     buffer = np.empty((3, count))
     for n in range(len(angles)):
@@ -214,6 +213,7 @@ def _prepare(angles, runs, rows, number, table, signs):
                     signs[n, j] *= half
                 row += ROWS[kind]
                 turn += len(pattern)
+    return table, signs
 
 
 @njit
@@ -275,7 +275,9 @@ _leaf, _undo_leaf = tile(PATTERNS[LEAF])
 
 
 @njit
-def _turn_shared(x, y, columns, width, runs, rows, span, table, signs, first, last):
+def _turn_shared(
+    x, y, columns, width, runs, rows, span, table, signs, thread, first, last
+):  # fmt: skip
     dim, count = signs.shape[1], y.shape[2] if columns else y.shape[1]
     vectors, slabs = width * y.itemsize // VECTOR, (count + width - 1) // width
     slab, plus = _slab(dim, width, y), np.ones(dim, y.dtype)
@@ -306,7 +308,7 @@ def _turn_shared(x, y, columns, width, runs, rows, span, table, signs, first, la
 
 @njit
 def _pull_shared(
-    y, grad, dx, columns, width, runs, rows, span, table, signs, sums, first, last
+    y, grad, dx, columns, width, runs, rows, span, table, signs, sums, thread, first, last
 ):  # fmt: skip
     dim, count = signs.shape[1], y.shape[2] if columns else y.shape[1]
     vectors, slabs = width * y.itemsize // VECTOR, (count + width - 1) // width
@@ -326,11 +328,11 @@ def _pull_shared(
                 if columns and (span[t, 0] >= high or span[t, 1] <= low):
                     pass
                 elif kind == CROSS:
-                    _undo_cross(slab, slope, vectors, rows, row, table[n], turn, sums[n])
+                    _undo_cross(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
                 elif kind == LEAF:
-                    _undo_leaf(slab, slope, vectors, rows, row, table[n], turn, sums[n])
+                    _undo_leaf(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
                 else:
-                    _undo_single(slab, slope, vectors, rows, row, table[n], turn, sums[n])
+                    _undo_single(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
         if not columns:
             _save(slope, plus, False, low, high, dx[n])
 
@@ -356,7 +358,7 @@ def _make_turns(angles, numbers, low, high, inverse, cos, sin):
 
 
 @njit
-def _turn_each(x, y, angles, planes, inverse, first, last):
+def _turn_each(x, y, angles, planes, inverse, thread, first, last):
     dim, width = x.shape[1], ROW // x.itemsize
     vectors = ROW // VECTOR
     slab, plus = _slab(dim, width, x), np.ones(dim, x.dtype)
@@ -377,7 +379,7 @@ def _turn_each(x, y, angles, planes, inverse, first, last):
 
 
 @njit
-def _pull_each(y, grad, dx, angles, dangles, planes, inverse, first, last):
+def _pull_each(y, grad, dx, angles, dangles, planes, inverse, thread, first, last):
     dim, width = y.shape[1], ROW // y.itemsize
     vectors = ROW // VECTOR
     slab, slope, plus = _slab(dim, width, y), _slab(dim, width, y), np.ones(dim, y.dtype)

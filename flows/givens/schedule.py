@@ -37,6 +37,7 @@ class Schedule:
 
     Attributes:
         dim: Number of axes.
+        num_angles: Number of planes, hence of angles.
         planes: All planes, first round first; int64, shape (num_angles, 2).
         round_sizes: Number of planes in each round.
         round_of_plane: Round of each plane; int64, shape (num_angles,).
@@ -70,7 +71,7 @@ class Schedule:
     def _fill(self, dim: int, planes: np.ndarray, sizes: Sequence[int], name: str) -> None:
         if len(planes) == 0:
             raise ValueError(f"a schedule must keep at least one plane, {name} keeps none.")
-        self.dim = dim
+        self.dim, self.num_angles = dim, len(planes)
         self.round_sizes = tuple(sizes)
         # A schedule made in inference mode must serve gradients later.
         with torch.inference_mode(False):
@@ -88,11 +89,6 @@ class Schedule:
         schedule = cls.__new__(cls)
         schedule._fill(dim, planes[order], sizes[sizes > 0].tolist(), name)
         return schedule
-
-    @property
-    def num_angles(self) -> int:
-        """Number of planes, hence of angles."""
-        return len(self.planes)
 
     @cached_property
     def rounds(self) -> tuple[tuple[tuple[int, int], ...], ...]:
