@@ -168,7 +168,8 @@ def _(x, angles, schedule, inverse, engine):
 
 @_pull.register_fake
 def _(y, grad, angles, schedule, inverse, engine, columns):
-    return grad.new_empty((0,) if columns else grad.shape), angles.new_empty(angles.shape)
+    shape = (0, *grad.shape[1:]) if columns else grad.shape
+    return grad.new_empty(shape), angles.new_empty(angles.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -68,7 +68,7 @@ def pull(
         dx, dangles = pull(*full, schedule, inverse, columns=columns)
         return dx.to(y.dtype), dangles.to(angles.dtype)
     dangles = angles.new_empty(angles.shape)
-    dx = grad.new_empty((0, 0, 0) if columns else grad.shape)
+    dx = grad.new_empty((0, *grad.shape[1:]) if columns else grad.shape)
     if _own_angles(y, columns):
         rows = (_array(t)[:, 0] for t in (y, grad, dx))
         _each(_pull_each, (*rows, _array(angles), _array(dangles)), schedule, inverse)

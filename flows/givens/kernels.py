@@ -69,7 +69,7 @@ def pull(
         launch(_pull_kernel, [y, grad], [dx, grads[-1]], first, not inverse)
     # No atomics: the partial sums are always added in the same order.
     total = grads[0] if launch.own else sum(part.sum(1) for part in grads)
-    return dx[:0] if columns else dx, total.to(angles.dtype)
+    return dx.new_empty((0, *dx.shape[1:])) if columns else dx, total.to(angles.dtype)
 
 
 def _check(angles: Tensor, schedule: Schedule) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from operator import index
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Schedule:
             self.planes = torch.from_numpy(np.ascontiguousarray(planes, np.int64))
             self.round_of_plane = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
         self.name = name
-        _NAMED[name] = self
+        self._register()
         self._derived: dict[Hashable, Any] = {}
 
     @classmethod
@@ -111,9 +111,10 @@ class Schedule:
     @staticmethod
     def named(name: str) -> "Schedule":
         """The schedule of this name, if there is one in this process."""
-        if name not in _NAMED:
-            raise ValueError(f"the schedule {name} must be made before it is used by name.")
-        return _NAMED[name]
+        for schedule in _NAMED.get(name, []):
+            if (found := schedule()) is not None:
+                return found
+        raise ValueError(f"the schedule {name} must be made before it is used by name.")
 
     def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Something derived from the schedule, such as index tensors; built once, never saved."""
@@ -127,7 +128,11 @@ class Schedule:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        _NAMED[self.name] = self
+        self._register()
+
+    def _register(self) -> None:
+        alive = [other for other in _NAMED.get(self.name, []) if other() is not None]
+        _NAMED[self.name] = [*alive, ref(self)]
 
     def __deepcopy__(self, memo: dict) -> "Schedule":
         return self
@@ -177,7 +182,7 @@ class Schedule:
 
 
 # For compiled graphs, which hold no objects.
-_NAMED: "WeakValueDictionary[str, Schedule]" = WeakValueDictionary()
+_NAMED: dict[str, list[ref]] = {}
 
 
 def _check_dim(n: int) -> None:
