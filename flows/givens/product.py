@@ -6,7 +6,7 @@ size), so that merging a level takes a few batched products. README.md derives t
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from flows.givens.schedule import Schedule
 __all__ = ["matrix", "rotate"]
 
 Kind = tuple[int, ...]  # (m,) is a block of the recursion, (a, b) an exchange X of a and b axes
-Parts = list[tuple[Kind, Tensor]]
+Planes = tuple[tuple[int, int], ...]
 
 
 def matrix(angles: Tensor, schedule: Schedule) -> Tensor:
@@ -106,41 +106,82 @@ _compiled_product.register_autograd(
 )
 
 
-# --- merges -----------------------------------------------------------------------------------
+# --- leaves ---
 
 
-def _merge_cosine_sine(kind: Kind, parts: list[Tensor], turns: Tensor) -> Tensor:
-    if kind == (2,):
-        return turns
-    function = _Merge.forward if torch.compiler.is_compiling() else _Merge.apply
-    return function(turns, *parts)
+class _Leaves(torch.autograd.Function):
+    """Small blocks, plane by plane: angles (planes, blocks, sets) -> (blocks, sets, m, m).
 
-
-class _Merge(torch.autograd.Function):
-    """Q = (U1 + U2) CS (V1 + V2), a product of U and M = T V, where T turns the rows of V.
-
-    ``parts`` is one tensor of all factors, in the order (U or V, block, half), or one for each
-    half, the second of size q = p - 1: it gets a coordinate more, which is left out in the end.
+    Blocks come last while they turn, so that few operations on long vectors are needed. Keeps
+    the angles only; the backward pass starts again from these.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def sides(turns: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """U (block, half, set, p, p), V (block, 1, set, p, half, p), T (block, 2, set, p, 2, 1)."""
-        sets, p = parts[0].shape[1:3]
+    def forward(angles: Tensor, planes: Planes, m: int) -> Tensor:
+        eye = torch.eye(m, dtype=angles.dtype, device=angles.device)[..., None, None]
+        rows = list(eye.expand(m, m, *angles.shape[1:]))
+        for (i, j), c, s in zip(planes, angles.cos(), angles.sin(), strict=True):
+            rows[i], rows[j] = (
+                torch.addcmul(c * rows[i], s, rows[j], value=-1),
+                torch.addcmul(c * rows[j], s, rows[i]),
+            )
+        return torch.stack(rows).permute(2, 3, 0, 1).contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        angles, ctx.planes, ctx.m = inputs
+        ctx.save_for_backward(angles)
+        ctx.save_for_forward(angles)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (angles,) = ctx.saved_tensors
+        _, pull = torch.func.vjp(lambda a: _Leaves.forward(a, ctx.planes, ctx.m), angles)
+        return *pull(grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dangles: Tensor, *_: None) -> Tensor:
+        (angles,) = ctx.saved_tensors
+        return torch.func.jvp(
+            lambda a: _Leaves.forward(a, ctx.planes, ctx.m), (angles,), (dangles,)
+        )[1]
+
+
+# --- merges -----------------------------------------------------------------------------------
+
+
+def _merge_cosine_sine(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
+    function = _Merge.forward if torch.compiler.is_compiling() else _Merge.apply
+    return function(angles, *parts)
+
+
+class _Merge(torch.autograd.Function):
+    """Q = (U1 + U2) CS (V1 + V2), the product of U and M = T V, where T turns the rows of V.
+
+    ``parts`` is one tensor of all factors, in the order (U or V, block, half), or one for each
+    half, the second of size q = p - 1: it gets a coordinate more, which is left out in the end.
+    Keeps these and the angles (p, blocks, sets).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def sides(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """U (block, half, set, p, p) and V (block, 1, set, p, half, p)."""
         if len(parts) == 1:
             x = parts[0].unflatten(0, (2, -1, 2))
         else:
-            second = torch.nn.functional.pad(parts[1], (0, 1, 0, 1))
-            x = torch.stack([half.unflatten(0, (2, -1)) for half in (parts[0], second)], 2)
-        u, v = x.unbind(0)
-        t = turns.unflatten(0, (-1, p)).permute(0, 3, 2, 1, 4).unsqueeze(-1)
-        return u, v.permute(0, 2, 3, 1, 4).unsqueeze(1), t
+            padded = parts[0], torch.nn.functional.pad(parts[1], (0, 1, 0, 1))
+            x = torch.stack([half.unflatten(0, (2, -1)) for half in padded], 2)
+        return x[0], x[1].permute(0, 2, 3, 1, 4).unsqueeze(1)
 
     @staticmethod
-    def middle(v: Tensor, t: Tensor) -> Tensor:
-        return (t * v).flatten(-2)
+    def turns(c: Tensor, s: Tensor) -> Tensor:
+        """T (block, 2, set, p, 2, 1), contiguous, so that the products with it will be."""
+        t = torch.stack([c, -s, s, c]).unflatten(0, (2, 2))
+        return t.permute(3, 0, 4, 2, 1).contiguous().unsqueeze(-1)
 
     @staticmethod
     def whole(q: Tensor, odd: bool) -> Tensor:
@@ -148,9 +189,9 @@ class _Merge(torch.autograd.Function):
         return q[..., :-1, :-1].contiguous() if odd else q
 
     @staticmethod
-    def forward(turns: Tensor, *parts: Tensor) -> Tensor:
-        u, v, t = _Merge.sides(turns, parts)
-        return _Merge.whole(_product(u, _Merge.middle(v, t)), len(parts) == 2)
+    def forward(angles: Tensor, *parts: Tensor) -> Tensor:
+        (u, v), t = _Merge.sides(parts), _Merge.turns(angles.cos(), angles.sin())
+        return _Merge.whole(_product(u, (t * v).flatten(-2)), len(parts) == 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -159,34 +200,33 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        turns, *parts = ctx.saved_tensors
-        u, v, t = _Merge.sides(turns, parts)
-        p = u.shape[-1]
+        angles, *parts = ctx.saved_tensors
+        c, s = angles.cos(), angles.sin()
+        (u, v), t = _Merge.sides(parts), _Merge.turns(c, s)
         grad = grad if len(parts) == 1 else torch.nn.functional.pad(grad, (0, 1, 0, 1))
-        grad = grad.unflatten(-2, (2, p)).transpose(1, 2)
-        du = _product(grad, _Merge.middle(v, t).mT)
-        dm = _product(u.mT, grad).unflatten(-1, (2, p))
-        dt = (dm * v).sum(-1).permute(0, 3, 2, 1, 4).reshape(turns.shape)
+        grad = grad.unflatten(-2, (2, len(c))).transpose(1, 2)
+        du = _product(grad, (t * v).flatten(-2).mT)
+        dm = _product(u.mT, grad).unflatten(-1, (2, len(c)))
+        dt = (dm * v).sum(-1).permute(1, 4, 3, 0, 2)
+        dangles = c * (dt[1, 0] - dt[0, 1]) - s * (dt[0, 0] + dt[1, 1])
         dv = torch.addcmul(dm[:, 0] * t[:, 0], dm[:, 1], t[:, 1]).permute(0, 3, 1, 2, 4)
         dx = torch.stack([du, dv])
         if len(parts) == 1:
-            return dt, dx.flatten(0, 2)
-        return dt, dx[:, :, 0].flatten(0, 1), dx[:, :, 1, :, :-1, :-1].flatten(0, 1)
+            return dangles, dx.flatten(0, 2)
+        return dangles, dx[:, :, 0].flatten(0, 1), dx[:, :, 1, :, :-1, :-1].flatten(0, 1)
 
     @staticmethod
-    def jvp(ctx: Any, dturns: Tensor, *dparts: Tensor) -> Tensor:
-        turns, *parts = ctx.saved_tensors
-        u, v, t = _Merge.sides(turns, parts)
-        du, dv, dt = _Merge.sides(dturns, dparts)
-        dm = _Merge.middle(dv, t) + _Merge.middle(v, dt)
-        dq = _product(du, _Merge.middle(v, t)) + _product(u, dm)
+    def jvp(ctx: Any, dangles: Tensor, *dparts: Tensor) -> Tensor:
+        angles, *parts = ctx.saved_tensors
+        c, s = angles.cos(), angles.sin()
+        (u, v), (du, dv) = _Merge.sides(parts), _Merge.sides(dparts)
+        t, dt = _Merge.turns(c, s), _Merge.turns(-s * dangles, c * dangles)
+        dq = _product(du, (t * v).flatten(-2)) + _product(u, (t * dv + dt * v).flatten(-2))
         return _Merge.whole(dq, len(parts) == 2)
 
 
-def _merge_crossing(kind: Kind, parts: list[Tensor], turns: Tensor) -> Tensor:
-    if kind == (1, 1):
-        return turns
-    if len(kind) == 1:
+def _merge_crossing(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
+    if len(parts) == 3:
         # T = X(A, B) (T(A) + T(B))
         x, *halves = parts
         columns = x.split([half.shape[-1] for half in halves], -1)
@@ -254,10 +294,11 @@ class _Turn(torch.autograd.Function):
 
 
 class _Group(NamedTuple):
-    """All blocks of a kind on a level; they are made from ``below``, parts of the level below."""
+    """All blocks of a kind on a level: leaves, or made from ``below``, parts of that level."""
 
     kind: Kind
     count: int
+    planes: Planes
     turns: int
     below: tuple[tuple[Kind, int], ...]
 
@@ -273,9 +314,8 @@ class _Plan(NamedTuple):
 def _build(angles: Tensor, plan: _Plan) -> Tensor:
     """(sets, num_angles) -> (1, sets, n, n)."""
     table = torch.nn.functional.pad(angles, (0, 1)).mT.index_select(0, plan.index)
-    c, s = table.cos(), table.sin()
-    turns = torch.stack([c, -s, s, c], -1).unflatten(-1, (2, 2))
-    turns_of = iter(turns.split([group.turns for level in plan.levels for group in level]))
+    turns = iter(table.split([group.turns * group.count for level in plan.levels for group in level]))
+    leaves = _Leaves.forward if torch.compiler.is_compiling() else _Leaves.apply
     below: dict[Kind, Tensor] = {}
     for level in plan.levels:
         sizes: dict[Kind, list[int]] = {}
@@ -284,12 +324,12 @@ def _build(angles: Tensor, plan: _Plan) -> Tensor:
         parts = {kind: iter(below[kind].split(of)) for kind, of in sizes.items()}
         blocks = {}
         for group in level:
-            t = next(turns_of)
-            if sum(group.kind) == 1:
-                blocks[group.kind] = turns.new_ones(group.count, len(angles), 1, 1)
-            else:
+            t = next(turns).unflatten(0, (group.turns, group.count))
+            if group.below:
                 found = [next(parts[kind]) for kind, _ in group.below]
                 blocks[group.kind] = plan.merge(group.kind, found, t)
+            else:
+                blocks[group.kind] = leaves(t, group.planes, sum(group.kind))
         below = blocks
     (u,) = below.values()
     return u
@@ -319,10 +359,10 @@ def _new_plan(schedule: Schedule, device: torch.device) -> _Plan:
     while level:
         groups, turns, below = [], [], {}
         for kind, blocks in level.items():
-            parts, slot = expand(kind, blocks, n)
+            planes, slot, parts = expand(kind, blocks, n)
             turns.append(slot.flatten())
             sizes = tuple((of, len(some)) for of, some in parts)
-            groups.append(_Group(kind, len(blocks), slot.numel(), sizes))
+            groups.append(_Group(kind, len(blocks), planes, len(slot), sizes))
             for of, some in parts:
                 below.setdefault(of, []).append(some)
         levels.append(tuple(groups))
@@ -336,39 +376,59 @@ def _halves(m: int) -> tuple[int, int]:
     return (m + 1) // 2, m // 2
 
 
-def _expand_crossing(kind: Kind, axes: Tensor, n: int) -> tuple[Parts, Tensor]:
-    """What blocks with these axes are made of, and their slots: the plane (i, j) has i n + j."""
-    none = axes.new_empty(0)
-    if sum(kind) == 1:
-        return [], none
-    if kind == (1, 1):
-        return [], axes @ axes.new_tensor([n, 1])
+Expanded = tuple[Planes, Tensor, list[tuple[Kind, Tensor]]]
+
+
+def _expand_crossing(kind: Kind, axes: Tensor, n: int) -> Expanded:
+    """Planes and slots of leaves with these axes, or the parts that blocks are made of.
+
+    The plane (i, j) has the slot i n + j.
+    """
+    axes_of = axes.unbind(1)
+    if kind in ((1,), (2,)):
+        kind = (kind[0] - 1, 1)
     if len(kind) == 1:
         b, a = _halves(*kind)
-        return [((a, b), axes), ((a,), axes[:, :a]), ((b,), axes[:, a:])], none
+        parts = [((a, b), axes), ((a,), axes[:, :a]), ((b,), axes[:, a:])]
+        return (), axes.new_empty(0, len(axes)), parts
+    if max(kind) <= 2:
+        planes = tuple((i, kind[0] + j) for i in reversed(range(kind[0])) for j in range(kind[1]))
+        slots = [axes_of[i] * n + axes_of[j] for i, j in planes]
+        return planes, torch.stack(slots) if slots else axes.new_empty(0, len(axes)), []
     a1, a2, b1, b2 = axes.split([*_halves(kind[0]), *_halves(kind[1])], 1)
     pairs = (a2, b1), (a1, b1), (a2, b2), (a1, b2)
-    return [((a.shape[1], b.shape[1]), torch.cat([a, b], 1)) for a, b in pairs], none
+    parts = [((a.shape[1], b.shape[1]), torch.cat([a, b], 1)) for a, b in pairs]
+    return (), axes.new_empty(0, len(axes)), parts
 
 
-def _expand_cosine_sine(kind: Kind, first: Tensor, n: int) -> tuple[Parts, Tensor]:
-    """What blocks are made of, and their slots: the angles of V1, V2, CS, U1, U2 in turn.
+# The planes of small blocks of ``cosine_sine`` in the order V, CS, U.
+_SMALL = {
+    1: (),
+    2: ((0, 1),),
+    3: ((0, 1), (0, 2), (0, 1)),
+    4: ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1), (2, 3)),
+}
 
-    A block is given by the first of its slots. For odd sizes the last turn rests.
+
+def _expand_cosine_sine(kind: Kind, first: Tensor, n: int) -> Expanded:
+    """Planes and slots of leaves, or slots of the CS factor and the parts blocks are made of.
+
+    The angles of a block have the slots from ``first`` on in the order V1, V2, CS, U1, U2. For
+    odd sizes the last turn of CS rests.
     """
-    if kind == (1,):
-        return [], first.new_empty(0)
-    if kind == (2,):
-        return [], first
-    p, q = _halves(*kind)
+    (m,) = kind
+    if m <= 4:
+        planes = _SMALL[m]
+        return planes, first + torch.arange(len(planes))[:, None], []
+    p, q = _halves(m)
     of_p, of_q = p * (p - 1) // 2, q * (q - 1) // 2
     middle = first + of_p + of_q
-    slots = middle[:, None] + torch.arange(p)
+    slots = middle + torch.arange(p)[:, None]
     factors = torch.stack([middle + q, first])
     if p == q:
-        return [((p,), torch.stack([factors, factors + of_p], -1).flatten())], slots
-    slots[:, q:] = -1
-    return [((p,), factors.flatten()), ((q,), factors.flatten() + of_p)], slots
+        return (), slots, [((p,), torch.stack([factors, factors + of_p], -1).flatten())]
+    slots[q:] = -1
+    return (), slots, [((p,), factors.flatten()), ((q,), factors.flatten() + of_p)]
 
 
 def _places_of_cosine_sine(schedule: Schedule) -> Tensor:
