@@ -20,6 +20,7 @@ __all__ = ["matrix", "rotate"]
 
 Kind = tuple[int, ...]  # (m,) is a block of the recursion, (a, b) an exchange X of a and b axes
 Planes = tuple[tuple[int, int], ...]
+Sizes = tuple[int, int, int, int]
 
 
 def matrix(angles: Tensor, schedule: Schedule) -> Tensor:
@@ -226,68 +227,83 @@ class _Merge(torch.autograd.Function):
 
 
 def _merge_crossing(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
-    if len(parts) == 3:
-        # T = X(A, B) (T(A) + T(B))
-        x, *halves = parts
-        columns = x.split([half.shape[-1] for half in halves], -1)
-        return torch.cat([_product(c, t) for c, t in zip(columns, halves, strict=True)], -1)
-    # X(A, B) from X(A2, B1), X(A1, B1), X(A2, B2), X(A1, B2), the first acting first. After the
-    # first three the rows A1, B1 are in left, A2, B2 in right; columns A1, (A2, B1), B2.
-    f21, f11, f22, f12 = parts
-    (a1, a2), (b1, b2) = map(_halves, kind)
-    f21a, f21b = f21.split([a2, b1], -2)
-    f11a, f11b = f11.split([a1, b1], -1)
-    f22a, f22b = f22.split([a2, b2], -1)
-    left = torch.nn.functional.pad(torch.cat([f11a, _product(f11b, f21b)], -1), (0, b2))
-    right = torch.nn.functional.pad(torch.cat([_product(f22a, f21a), f22b], -1), (a1, 0))
-    function = _Turn.forward if torch.compiler.is_compiling() else _Turn.apply
-    return function(f12, left, right, a1, a2)
+    if len(kind) == 2:
+        (a1, a2), (b1, b2) = map(_halves, kind)
+        function = _Cross.forward if torch.compiler.is_compiling() else _Cross.apply
+        return function(*parts, (a1, a2, b1, b2))
+    # T = X(A, B) (T(A) + T(B))
+    x, *halves = parts
+    columns = x.split([half.shape[-1] for half in halves], -1)
+    return torch.cat([_product(f, t) for f, t in zip(columns, halves, strict=True)], -1)
 
 
-class _Turn(torch.autograd.Function):
-    """The last factor Q of X turns the rows A1, B2 of (A1, B1), (A2, B2).
+class _Cross(torch.autograd.Function):
+    """X(A, B) from X(A2, B1), X(A1, B1), X(A2, B2), X(A1, B2), the first acting first.
 
-    Keeps Q and the result, which the next merge keeps, too: the rows that were turned are
-    Q^T times the rows of the result, as Q is orthogonal.
+    With F for these four, rows and columns a and b, and the products G1 = F11[:, b] F21[b, :],
+    G2 = F22[:, a] F21[a, :] over the columns (A2, B1), the rows of X are
+
+        A1, B2   [F12[:, a] F11[a, a],  F12 [G1[a]; G2[b]],  F12[:, b] F22[b, b]]
+        A2       [0,                    G2[a],               F22[a, b]]
+        B1       [F11[b, a],            G1[b],               0]
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, left: Tensor, right: Tensor, a1: int, a2: int) -> Tensor:
-        outer = _product(q, torch.cat([left[..., :a1, :], right[..., a2:, :]], -2))
-        rows = outer[..., :a1, :], right[..., :a2, :], left[..., a1:, :], outer[..., a1:, :]
-        return torch.cat(rows, -2)
+    def forward(f21: Tensor, f11: Tensor, f22: Tensor, f12: Tensor, sizes: Sizes) -> Tensor:
+        a1, a2, b1, b2 = sizes
+        (f21a, f21b), (f12a, f12b) = f21.split([a2, b1], -2), f12.split([a1, b2], -1)
+        (f11a, f11b), (f22a, f22b) = f11.split([a1, b1], -1), f22.split([a2, b2], -1)
+        (f11aa, f11ba), (f22ab, f22bb) = f11a.split([a1, b1], -2), f22b.split([a2, b2], -2)
+        g1a, g1b = _product(f11b, f21b).split([a1, b1], -2)
+        g2a, g2b = _product(f22a, f21a).split([a2, b2], -2)
+        outer = _product(f12a, f11aa), _product(f12, _rows(g1a, g2b)), _product(f12b, f22bb)
+        top, bottom = zip(*(part.split([a1, b2], -2) for part in outer), strict=True)
+        no_a, no_b = f22ab.new_zeros(*f22ab.shape[:-1], a1), f11ba.new_zeros(*f11ba.shape[:-1], b2)
+        return _rows(
+            _columns(*top), _columns(no_a, g2a, f22ab), _columns(f11ba, g1b, no_b), _columns(*bottom)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        q, left, right, ctx.a1, ctx.a2 = inputs
-        ctx.save_for_backward(q, output)
-        ctx.save_for_forward(q, left, right)
+        *factors, ctx.sizes = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, x = ctx.saved_tensors
-        a1, b2 = ctx.a1, q.shape[-1] - ctx.a1
-        sizes = [a1, ctx.a2, x.shape[-1] - q.shape[-1] - ctx.a2, b2]
-        (x_a1, _, _, x_b2), (grad_a1, grad_a2, grad_b1, grad_b2) = (
-            rows.split(sizes, -2) for rows in (x, grad)
-        )
-        outer = torch.cat([grad_a1, grad_b2], -2)
-        dq = _product(_product(outer, torch.cat([x_a1, x_b2], -2).mT), q)
-        grad_a1, grad_b2 = _product(q.mT, outer).split([a1, b2], -2)
-        left, right = torch.cat([grad_a1, grad_b1], -2), torch.cat([grad_a2, grad_b2], -2)
-        return dq, left, right, None, None
+        (f21, f11, f22, f12), (a1, a2, b1, b2) = ctx.saved_tensors, ctx.sizes
+        (f21a, f21b), (f12a, f12b) = f21.split([a2, b1], -2), f12.split([a1, b2], -1)
+        (f11a, f11b), (f22a, f22b) = f11.split([a1, b1], -1), f22.split([a2, b2], -1)
+        f11aa, f22bb = f11a[..., :a1, :], f22b[..., a2:, :]
+        middle = _rows(_product(f11b[..., :a1, :], f21b), _product(f22a[..., a2:, :], f21a))
+        top, over, under, bottom = grad.split([a1, a2, b1, b2], -2)
+        left, center, right = _rows(top, bottom).split([a1, a2 + b1, b2], -1)
+        _, dg2a, df22ab = over.split([a1, a2 + b1, b2], -1)
+        df11ba, dg1b, _ = under.split([a1, a2 + b1, b2], -1)
+        dg1a, dg2b = _product(f12.mT, center).split([a1, b2], -2)
+        dg1, dg2 = _rows(dg1a, dg1b), _rows(dg2a, dg2b)
+        df21 = _rows(_product(f22a.mT, dg2), _product(f11b.mT, dg1))
+        df11 = _columns(_rows(_product(f12a.mT, left), df11ba), _product(dg1, f21b.mT))
+        df22 = _columns(_product(dg2, f21a.mT), _rows(df22ab, _product(f12b.mT, right)))
+        df12 = _columns(_product(left, f11aa.mT), _product(right, f22bb.mT))
+        return df21, df11, df22, df12 + _product(center, middle.mT), None
 
     @staticmethod
-    def jvp(ctx: Any, dq: Tensor, dleft: Tensor, dright: Tensor, *_: None) -> Tensor:
-        q, left, right = ctx.saved_tensors
-        a1, a2 = ctx.a1, ctx.a2
-        by_rows = _Turn.forward(q, dleft, dright, a1, a2)
-        outer = _product(dq, torch.cat([left[..., :a1, :], right[..., a2:, :]], -2))
-        top, bottom = outer.split([a1, outer.shape[-2] - a1], -2)
-        inner = torch.zeros_like(by_rows[..., a1 : by_rows.shape[-2] - bottom.shape[-2], :])
-        return by_rows + torch.cat([top, inner, bottom], -2)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        def forward(*factors: Tensor) -> Tensor:
+            return _Cross.forward(*factors, ctx.sizes)
+
+        return torch.func.jvp(forward, ctx.saved_tensors, tangents[:4])[1]
+
+
+def _rows(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, -2)
+
+
+def _columns(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, -1)
 
 
 # --- recursions as levels ---------------------------------------------------------------------
@@ -321,7 +337,10 @@ def _build(angles: Tensor, plan: _Plan) -> Tensor:
         sizes: dict[Kind, list[int]] = {}
         for kind, size in (part for group in level for part in group.below):
             sizes.setdefault(kind, []).append(size)
-        parts = {kind: iter(below[kind].split(of)) for kind, of in sizes.items()}
+        parts = {
+            kind: iter(below[kind].split(of) if len(of) > 1 else [below[kind]])
+            for kind, of in sizes.items()
+        }
         blocks = {}
         for group in level:
             t = next(turns).unflatten(0, (group.turns, group.count))
