@@ -8,7 +8,7 @@ size), so that merging a level takes a few batched products. README.md derives t
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,10 @@ def _full_precision(like: Tensor) -> Iterator[None]:
     if reduced:
         backend.matmul.fp32_precision = "ieee"
     try:
-        with torch.autocast(device, enabled=False):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
             yield
     finally:
         if reduced:
@@ -71,7 +74,9 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in full precision, and so are its derivatives of any order."""
-    return (_compiled_product if torch.compiler.is_compiling() else _Product.apply)(a, b)
+    if torch.compiler.is_compiling():
+        return _compiled_product(a, b)
+    return (_Product.apply if torch.is_grad_enabled() else _multiply)(a, b)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -139,15 +144,20 @@ class _Leaves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (angles,) = ctx.saved_tensors
-        _, pull = torch.func.vjp(lambda a: _Leaves.forward(a, ctx.planes, ctx.m), angles)
-        return *pull(grad), None, None
+        function = partial(_Leaves.forward, planes=ctx.planes, m=ctx.m)
+        return *torch.func.vjp(function, angles)[1](grad), None, None
 
     @staticmethod
     def jvp(ctx: Any, dangles: Tensor, *_: None) -> Tensor:
-        (angles,) = ctx.saved_tensors
-        return torch.func.jvp(
-            lambda a: _Leaves.forward(a, ctx.planes, ctx.m), (angles,), (dangles,)
-        )[1]
+        function = partial(_Leaves.forward, planes=ctx.planes, m=ctx.m)
+        return _push(function, ctx.saved_tensors, (dangles,))
+
+
+def _push(function: Callable[..., Tensor], inputs: Sequence, tangents: Sequence) -> Tensor:
+    """The derivative along tangents: to pull back is linear, and its own pull-back pushes."""
+    output, pull = torch.func.vjp(function, *inputs)
+    _, push = torch.func.vjp(pull, torch.zeros_like(output))
+    return push(tuple(tangents))[0]
 
 
 # --- merges -----------------------------------------------------------------------------------
@@ -171,28 +181,27 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def sides(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """U (block, half, set, p, p) and V (block, 1, set, p, half, p)."""
+        sets, p = parts[0].shape[1:3]
         if len(parts) == 1:
-            x = parts[0].unflatten(0, (2, -1, 2))
+            x = parts[0].reshape(2, len(parts[0]) // 4, 2, sets, p, p)
         else:
             padded = parts[0], torch.nn.functional.pad(parts[1], (0, 1, 0, 1))
-            x = torch.stack([half.unflatten(0, (2, -1)) for half in padded], 2)
+            x = torch.stack([half.reshape(2, len(half) // 2, sets, p, p) for half in padded], 2)
         return x[0], x[1].permute(0, 2, 3, 1, 4).unsqueeze(1)
 
     @staticmethod
     def turns(c: Tensor, s: Tensor) -> Tensor:
         """T (block, 2, set, p, 2, 1), contiguous, so that the products with it will be."""
-        t = torch.stack([c, -s, s, c]).unflatten(0, (2, 2))
+        t = torch.stack([c, -s, s, c]).reshape(2, 2, *c.shape)
         return t.permute(3, 0, 4, 2, 1).contiguous().unsqueeze(-1)
 
     @staticmethod
-    def whole(q: Tensor, odd: bool) -> Tensor:
-        q = q.transpose(1, 2).flatten(2, 3)
-        return q[..., :-1, :-1].contiguous() if odd else q
-
-    @staticmethod
     def forward(angles: Tensor, *parts: Tensor) -> Tensor:
+        p, blocks, sets = angles.shape
         (u, v), t = _Merge.sides(parts), _Merge.turns(angles.cos(), angles.sin())
-        return _Merge.whole(_product(u, (t * v).flatten(-2)), len(parts) == 2)
+        q = _product(u, (t * v).reshape(blocks, 2, sets, p, 2 * p))
+        q = q.transpose(1, 2).reshape(blocks, sets, 2 * p, 2 * p)
+        return q if len(parts) == 1 else q[..., :-1, :-1].contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -203,27 +212,24 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         angles, *parts = ctx.saved_tensors
         c, s = angles.cos(), angles.sin()
+        p, blocks, sets = angles.shape
         (u, v), t = _Merge.sides(parts), _Merge.turns(c, s)
         grad = grad if len(parts) == 1 else torch.nn.functional.pad(grad, (0, 1, 0, 1))
-        grad = grad.unflatten(-2, (2, len(c))).transpose(1, 2)
-        du = _product(grad, (t * v).flatten(-2).mT)
-        dm = _product(u.mT, grad).unflatten(-1, (2, len(c)))
+        grad = grad.reshape(blocks, sets, 2, p, 2 * p).transpose(1, 2)
+        du = _product(grad, (t * v).reshape(grad.shape).mT)
+        dm = _product(u.mT, grad).reshape(blocks, 2, sets, p, 2, p)
         dt = (dm * v).sum(-1).permute(1, 4, 3, 0, 2)
         dangles = c * (dt[1, 0] - dt[0, 1]) - s * (dt[0, 0] + dt[1, 1])
         dv = torch.addcmul(dm[:, 0] * t[:, 0], dm[:, 1], t[:, 1]).permute(0, 3, 1, 2, 4)
         dx = torch.stack([du, dv])
         if len(parts) == 1:
-            return dangles, dx.flatten(0, 2)
-        return dangles, dx[:, :, 0].flatten(0, 1), dx[:, :, 1, :, :-1, :-1].flatten(0, 1)
+            return dangles, dx.reshape(parts[0].shape)
+        dx1, dx2 = dx[:, :, 0], dx[:, :, 1, :, :-1, :-1]
+        return dangles, dx1.reshape(parts[0].shape), dx2.reshape(parts[1].shape)
 
     @staticmethod
-    def jvp(ctx: Any, dangles: Tensor, *dparts: Tensor) -> Tensor:
-        angles, *parts = ctx.saved_tensors
-        c, s = angles.cos(), angles.sin()
-        (u, v), (du, dv) = _Merge.sides(parts), _Merge.sides(dparts)
-        t, dt = _Merge.turns(c, s), _Merge.turns(-s * dangles, c * dangles)
-        dq = _product(du, (t * v).flatten(-2)) + _product(u, (t * dv + dt * v).flatten(-2))
-        return _Merge.whole(dq, len(parts) == 2)
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _push(_Merge.forward, ctx.saved_tensors, tangents)
 
 
 def _merge_crossing(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
@@ -262,7 +268,10 @@ class _Cross(torch.autograd.Function):
         top, bottom = zip(*(part.split([a1, b2], -2) for part in outer), strict=True)
         no_a, no_b = f22ab.new_zeros(*f22ab.shape[:-1], a1), f11ba.new_zeros(*f11ba.shape[:-1], b2)
         return _rows(
-            _columns(*top), _columns(no_a, g2a, f22ab), _columns(f11ba, g1b, no_b), _columns(*bottom)
+            _columns(*top),
+            _columns(no_a, g2a, f22ab),
+            _columns(f11ba, g1b, no_b),
+            _columns(*bottom),
         )
 
     @staticmethod
@@ -292,10 +301,8 @@ class _Cross(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        def forward(*factors: Tensor) -> Tensor:
-            return _Cross.forward(*factors, ctx.sizes)
-
-        return torch.func.jvp(forward, ctx.saved_tensors, tangents[:4])[1]
+        function = partial(_Cross.forward, sizes=ctx.sizes)
+        return _push(function, ctx.saved_tensors, tangents[:4])
 
 
 def _rows(*parts: Tensor) -> Tensor:
@@ -330,7 +337,9 @@ class _Plan(NamedTuple):
 def _build(angles: Tensor, plan: _Plan) -> Tensor:
     """(sets, num_angles) -> (1, sets, n, n)."""
     table = torch.nn.functional.pad(angles, (0, 1)).mT.index_select(0, plan.index)
-    turns = iter(table.split([group.turns * group.count for level in plan.levels for group in level]))
+    turns = iter(
+        table.split([group.turns * group.count for level in plan.levels for group in level])
+    )
     leaves = _Leaves.forward if torch.compiler.is_compiling() else _Leaves.apply
     below: dict[Kind, Tensor] = {}
     for level in plan.levels:
@@ -458,13 +467,16 @@ def _places_of_cosine_sine(schedule: Schedule) -> Tensor:
     """
     n = schedule.dim
 
-    @cache
-    def planes(m: int) -> Tensor:
-        if m == 1:
-            return torch.empty(0, 2, dtype=torch.int64)
-        p, q = _halves(m)
-        sides, k = torch.cat([planes(p), planes(q) + p]), torch.arange(q)
-        return torch.cat([sides, torch.stack([k, p + k], 1), sides])
+    def planes(m: int) -> dict[int, Tensor]:
+        """Those of the slots, for the sizes m and m - 1."""
+        if m == 2:
+            return {1: torch.empty(0, 2, dtype=torch.int64), 2: torch.tensor([[0, 1]])}
+        half, whole = planes((m + 1) // 2), {}
+        for size in (m, m - 1):
+            p, q = _halves(size)
+            sides, k = torch.cat([half[p], half[q] + p]), torch.arange(q)
+            whole[size] = torch.cat([sides, torch.stack([k, p + k], 1), sides])
+        return whole
 
     def keys(planes: Tensor) -> Tensor:
         plane = planes @ torch.tensor([n, 1])
@@ -474,7 +486,7 @@ def _places_of_cosine_sine(schedule: Schedule) -> Tensor:
         occurrence[order] = torch.arange(len(plane)) - torch.searchsorted(ordered, ordered)
         return plane + n**2 * occurrence
 
-    slots, order = keys(planes(n)).sort()
+    slots, order = keys(planes(n)[n]).sort()
     place = torch.full((len(slots) + 1,), schedule.num_angles)
     place[order[torch.searchsorted(slots, keys(schedule.planes))]] = torch.arange(
         schedule.num_angles

@@ -34,45 +34,11 @@ def pull(function, inputs, weight):
     return value.detach(), *torch.autograd.grad(value, inputs, weight)
 
 
-def limits(monkeypatch, tree, small):
-    """Choose up to which size matrices are made by which means, for plans not yet made."""
-    monkeypatch.setattr(product, "_TREE", tree)
-    monkeypatch.setattr(product, "_SMALL", {"cosine_sine": small, "crossing": 2 * small})
-    for make in MAKERS:
-        for n in range(2, 41):
-            monkeypatch.setitem(make(n).__dict__, "_product_plans", {})
-
-
-@pytest.fixture
-def merged(monkeypatch):
-    """Small matrices are merged from blocks, as large ones are."""
-    limits(monkeypatch, tree=0, small=8)
-
-
-@pytest.fixture
-def merged_large(monkeypatch):
-    """The same, and no block is made elementwise, but where batched products cannot be used."""
-    limits(monkeypatch, tree=0, small=2)
-
-
-ways = pytest.mark.parametrize("way", ["tree", "merged", "merged_large"])
-
-
-@pytest.fixture
-def chosen(way, request):
-    if way != "tree":
-        request.getfixturevalue(way)
-
-
 # --- values and gradients -------------------------------------------------------------------
 
 
 @every_maker
-@pytest.mark.parametrize(
-    ("way", "dim"),
-    [("tree", n) for n in range(2, 41)] + [("merged", n) for n in range(2, 33)],
-)
-@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("dim", range(2, 41))
 def test_equals_the_definition_for_every_small_size(make, dim):
     schedule = make(dim)
     angles = draw(schedule, 2)
@@ -95,8 +61,6 @@ def test_value_and_gradient_equal_those_of_the_rounds(make, dim):
 
 @every_maker
 @pytest.mark.parametrize("dim", [3, 4, 7, 12, 18])
-@ways
-@pytest.mark.usefixtures("chosen")
 def test_gradient_equals_autograd_through_the_definition(make, dim):
     schedule = make(dim)
     angles, weight = draw(schedule), torch.randn(dim, dim, dtype=torch.float64)
@@ -128,8 +92,6 @@ def test_float32_is_as_close_to_float64_as_the_definition(make, dim):
         assert error(fast, exact) <= 2 * (error(plain, exact) + ulp)
 
 
-@ways
-@pytest.mark.usefixtures("chosen")
 @every_maker
 @pytest.mark.parametrize("dim", [3, 12])
 @pytest.mark.parametrize("batch", [(), (2, 3), (0,), (2, 0)], ids=str)
@@ -178,8 +140,6 @@ RESTRICTED = {
 }
 
 
-@ways
-@pytest.mark.usefixtures("chosen")
 @every_maker
 @pytest.mark.parametrize("restrict", RESTRICTED.values(), ids=RESTRICTED.keys())
 @pytest.mark.parametrize("dim", [9])
@@ -222,27 +182,6 @@ def test_rotate_equals_the_rounds(make, dim, rows, inverse):
     assert error(product.rotate(x, angles, schedule, inverse=inverse), exact[0]) < 1e-12
 
 
-def test_few_rows_spare_the_last_merge(monkeypatch):
-    calls = []
-    for step in (product._EvenLarge, product._Join):
-        forward = step.forward
-
-        def counted(self, *args, forward=forward):
-            calls.append(self)
-            return forward(self, *args)
-
-        monkeypatch.setattr(step, "forward", counted)
-    for make in MAKERS:
-        counts = []
-        for rows in (2, 2000):
-            calls.clear()
-            schedule = make(64)
-            with torch.no_grad():
-                product.rotate(torch.randn(rows, 64).double(), draw(schedule), schedule)
-            counts.append(len(calls))
-        assert counts[0] == counts[1] - 1
-
-
 def test_rotate_refuses_angles_per_row():
     schedule = givens.crossing(4)
     with pytest.raises(ValueError, match=r"same angles, expected \(6,\), got \(3, 6\)"):
@@ -251,16 +190,14 @@ def test_rotate_refuses_angles_per_row():
 
 # --- derivatives of every kind --------------------------------------------------------------
 
-# Sizes with small and large blocks, even and odd merges.
-DERIVED = [(make, dim) for make in MAKERS for dim in (3, 4)] + [(givens.crossing, 5)]
+# Leaves alone, even merges and odd merges.
+DERIVED = [(make, dim) for make in MAKERS for dim in (3, 5, 6)]
 every_derived = pytest.mark.parametrize(
     ("make", "dim"), DERIVED, ids=lambda v: str(v) if isinstance(v, int) else v.__name__
 )
 
 
 @every_derived
-@ways
-@pytest.mark.usefixtures("chosen")
 def test_derivatives_agree_with_finite_differences(make, dim):
     schedule = make(dim)
     angles = draw(schedule).requires_grad_()
@@ -274,8 +211,7 @@ def test_derivatives_agree_with_finite_differences(make, dim):
 
 @every_maker
 @pytest.mark.parametrize("dim", [4, 5])
-@pytest.mark.usefixtures("merged_large")
-def test_derivatives_of_thin_rotate_agree_with_finite_differences(make, dim):
+def test_derivatives_of_rotate_agree_with_finite_differences(make, dim):
     schedule = make(dim)
     inputs = (
         torch.randn(2, dim, dtype=torch.float64).requires_grad_(),
@@ -301,10 +237,8 @@ COMPOSED = {
 }
 
 
-@ways
 @every_maker
 @pytest.mark.parametrize("composed", COMPOSED)
-@pytest.mark.usefixtures("chosen")
 def test_function_transforms_agree_with_the_rounds(make, composed):
     schedule = make(5)
 
@@ -410,7 +344,7 @@ def test_lower_matmul_precision_is_not_obeyed_and_left_as_it_was(make):
 @every_maker
 def test_a_first_call_without_gradients_does_not_spoil_a_later_one(make, mode):
     schedule = make(35).frame(3 if mode is torch.no_grad else 4)
-    schedule.__dict__.pop("_product_plans", None)
+    schedule._derived.clear()
     angles = draw(schedule)
     with mode():
         product.matrix(angles, schedule)
