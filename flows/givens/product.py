@@ -125,15 +125,20 @@ class _Leaves(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(angles: Tensor, planes: Planes, m: int) -> Tensor:
-        eye = torch.eye(m, dtype=angles.dtype, device=angles.device)[..., None, None]
-        rows = list(eye.expand(m, m, *angles.shape[1:]))
+    def entries(angles: Tensor, planes: Planes, m: int) -> tuple[Tensor, ...]:
+        """The m^2 entries of all blocks, row by row; zeros are None until the end."""
+        one = angles.new_ones(angles.shape[1:])
+        rows = [[one if i == k else None for k in range(m)] for i in range(m)]
         for (i, j), c, s in zip(planes, angles.cos(), angles.sin(), strict=True):
-            rows[i], rows[j] = (
-                torch.addcmul(c * rows[i], s, rows[j], value=-1),
-                torch.addcmul(c * rows[j], s, rows[i]),
-            )
-        return torch.stack(rows).permute(2, 3, 0, 1).contiguous()
+            pairs = list(zip(rows[i], rows[j], strict=True))
+            rows[i] = [_mix(c, x, -s, y) for x, y in pairs]
+            rows[j] = [_mix(s, x, c, y) for x, y in pairs]
+        return tuple(torch.zeros_like(one) if x is None else x for row in rows for x in row)
+
+    @staticmethod
+    def forward(angles: Tensor, planes: Planes, m: int) -> Tensor:
+        entries = torch.stack(_Leaves.entries(angles, planes, m), -1)
+        return entries.reshape(*angles.shape[1:], m, m)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -144,13 +149,21 @@ class _Leaves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (angles,) = ctx.saved_tensors
-        function = partial(_Leaves.forward, planes=ctx.planes, m=ctx.m)
-        return *torch.func.vjp(function, angles)[1](grad), None, None
+        _, pull = torch.func.vjp(partial(_Leaves.entries, planes=ctx.planes, m=ctx.m), angles)
+        grads = grad.reshape(*angles.shape[1:], ctx.m**2).movedim(-1, 0).contiguous()
+        return *pull(grads.unbind(0)), None, None
 
     @staticmethod
     def jvp(ctx: Any, dangles: Tensor, *_: None) -> Tensor:
         function = partial(_Leaves.forward, planes=ctx.planes, m=ctx.m)
         return _push(function, ctx.saved_tensors, (dangles,))
+
+
+def _mix(c: Tensor, x: Tensor | None, s: Tensor, y: Tensor | None) -> Tensor | None:
+    """c x + s y."""
+    if x is None:
+        return None if y is None else s * y
+    return c * x if y is None else torch.addcmul(c * x, s, y)
 
 
 def _push(function: Callable[..., Tensor], inputs: Sequence, tangents: Sequence) -> Tensor:
