@@ -1,8 +1,9 @@
 """The matrix from products: small orthogonal blocks merge into larger ones, a level at a time.
 
-The recursions of ``cosine_sine`` and ``crossing`` are unrolled into levels. A level holds the
-blocks of at most a few sizes, all blocks of a size in one tensor (blocks, sets of angles, size,
-size), so that merging a level takes a few batched products. README.md derives the recursions.
+The recursions of ``cosine_sine`` and ``crossing`` are unrolled into levels. Halving n again and
+again gives on each level two sizes at most, and all blocks of a size are one tensor (blocks,
+sets of angles, size, size): merging a level takes a few batched products. README.md derives the
+recursions, their backward pass and their cost.
 """
 
 import re
@@ -18,9 +19,13 @@ from flows.givens.schedule import Schedule
 
 __all__ = ["matrix", "rotate"]
 
+# Blocks of up to this size are made entry by entry; larger ones would take too many operations.
+_SMALL = 4
+
 Kind = tuple[int, ...]  # (m,) is a block of the recursion, (a, b) an exchange X of a and b axes
 Planes = tuple[tuple[int, int], ...]
-Sizes = tuple[int, int, int, int]
+Sizes = tuple[int, int, int, int]  # of A1, A2, B1, B2
+Expanded = tuple[Planes, Tensor, list[tuple[Kind, Tensor]]]  # planes, slots, parts
 
 
 def matrix(angles: Tensor, schedule: Schedule) -> Tensor:
@@ -118,8 +123,8 @@ _compiled_product.register_autograd(
 class _Leaves(torch.autograd.Function):
     """Small blocks, plane by plane: angles (planes, blocks, sets) -> (blocks, sets, m, m).
 
-    Blocks come last while they turn, so that few operations on long vectors are needed. Keeps
-    the angles only; the backward pass starts again from these.
+    Each entry of all blocks is one long vector. Keeps the angles only; the backward pass starts
+    again from these.
     """
 
     generate_vmap_rule = True
@@ -417,9 +422,6 @@ def _halves(m: int) -> tuple[int, int]:
     return (m + 1) // 2, m // 2
 
 
-Expanded = tuple[Planes, Tensor, list[tuple[Kind, Tensor]]]
-
-
 def _expand_crossing(kind: Kind, axes: Tensor, n: int) -> Expanded:
     """Planes and slots of leaves with these axes, or the parts that blocks are made of.
 
@@ -432,7 +434,7 @@ def _expand_crossing(kind: Kind, axes: Tensor, n: int) -> Expanded:
         b, a = _halves(*kind)
         parts = [((a, b), axes), ((a,), axes[:, :a]), ((b,), axes[:, a:])]
         return (), axes.new_empty(0, len(axes)), parts
-    if max(kind) <= 2:
+    if max(kind) <= _SMALL // 2:
         planes = tuple((i, kind[0] + j) for i in reversed(range(kind[0])) for j in range(kind[1]))
         slots = [axes_of[i] * n + axes_of[j] for i, j in planes]
         return planes, torch.stack(slots) if slots else axes.new_empty(0, len(axes)), []
@@ -442,13 +444,13 @@ def _expand_crossing(kind: Kind, axes: Tensor, n: int) -> Expanded:
     return (), axes.new_empty(0, len(axes)), parts
 
 
-# The planes of small blocks of ``cosine_sine`` in the order V, CS, U.
-_SMALL = {
-    1: (),
-    2: ((0, 1),),
-    3: ((0, 1), (0, 2), (0, 1)),
-    4: ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1), (2, 3)),
-}
+def _small_planes(m: int, first: int = 0) -> Planes:
+    """The planes of a small block of ``cosine_sine`` in the order of its slots."""
+    if m == 1:
+        return ()
+    p, q = _halves(m)
+    sides = _small_planes(p, first) + _small_planes(q, first + p)
+    return sides + tuple((first + k, first + p + k) for k in range(q)) + sides
 
 
 def _expand_cosine_sine(kind: Kind, first: Tensor, n: int) -> Expanded:
@@ -458,8 +460,8 @@ def _expand_cosine_sine(kind: Kind, first: Tensor, n: int) -> Expanded:
     odd sizes the last turn of CS rests.
     """
     (m,) = kind
-    if m <= 4:
-        planes = _SMALL[m]
+    if m <= _SMALL:
+        planes = _small_planes(m)
         return planes, first + torch.arange(len(planes))[:, None], []
     p, q = _halves(m)
     of_p, of_q = p * (p - 1) // 2, q * (q - 1) // 2

@@ -1,4 +1,5 @@
 import math
+import pickle
 import subprocess
 import sys
 
@@ -283,7 +284,7 @@ def test_backward_leaves_the_incoming_gradient_alone(make, dim):
 
 
 @every_maker
-@pytest.mark.parametrize("dim", [64, 65, 100, 128, 129, 192, 256])
+@pytest.mark.parametrize("dim", [64, 65, 85, 96, 100, 128, 129, 171, 192, 256, 341])
 def test_saved_numbers_stay_within_their_bound(make, dim):
     schedule = make(dim)
     storages = {}
@@ -356,13 +357,33 @@ def test_a_first_call_without_gradients_does_not_spoil_a_later_one(make, mode):
     assert angles.grad.isfinite().all()
 
 
+def test_a_first_call_inside_a_transform_does_not_spoil_a_later_one():
+    schedule = givens.cosine_sine(11).frame(7)
+    schedule._derived.clear()
+    angles = draw(schedule)
+    inside = vmap(grad(lambda a: product.matrix(a, schedule).pow(3).sum()))(angles[None])[0]
+    angles.requires_grad_()
+    (outside,) = torch.autograd.grad(product.matrix(angles, schedule).pow(3).sum(), angles)
+    torch.testing.assert_close(inside, outside)
+
+
+@every_maker
+def test_a_pickled_schedule_carries_no_plans(make):
+    schedule = make(33).frame(5)
+    product.matrix(draw(schedule), schedule)
+    copy = pickle.loads(pickle.dumps(schedule))
+    assert schedule._derived and not copy._derived
+    angles = draw(schedule)
+    assert torch.equal(product.matrix(angles, schedule), product.matrix(angles, copy))
+
+
 COMPILED = """
 import torch
 from flows import givens
 from flows.givens import product, reference
 
 torch.manual_seed(0)
-for schedule in (givens.crossing(4), givens.cosine_sine(5).frame(2)):
+for schedule in (givens.crossing(4), givens.crossing(9), givens.cosine_sine(9).frame(2)):
     angles = torch.randn(schedule.num_angles, dtype=torch.float64, requires_grad=True)
     x = torch.randn(3, schedule.dim, dtype=torch.float64)
 
@@ -374,9 +395,20 @@ for schedule in (givens.crossing(4), givens.cosine_sine(5).frame(2)):
     fast = torch.autograd.grad(compiled(angles, product), angles)
     plain = torch.autograd.grad(loss(angles, reference), angles)
     torch.testing.assert_close(fast, plain)
+
+    angles = angles.detach().float().requires_grad_()
+    exact = product.matrix(angles, schedule)
+    (gradient,) = torch.autograd.grad(exact.sum(), angles)
+    torch.compiler.reset()
+    compiled = torch.compile(product.matrix, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = compiled(angles, schedule)
+        (fast,) = torch.autograd.grad(value.sum(), angles)
+    torch.testing.assert_close(value, exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fast, gradient, rtol=0, atol=1e-4)
 """
 
 
-def test_compiles_into_one_graph():
+def test_compiles_into_one_graph_that_stays_exact():
     # In a process of its own: the compiler cannot look into this run's type checks.
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
