@@ -84,7 +84,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (_Product.apply if torch.is_grad_enabled() else _multiply)(a, b)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
     ctx.save_for_forward(*inputs)
 
@@ -117,7 +117,19 @@ _compiled_product.register_autograd(
 )
 
 
-# --- leaves ---
+def _call(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """The compiler gets the plain operations, and derives a backward pass of its own."""
+    return (function.forward if torch.compiler.is_compiling() else function.apply)(*args)
+
+
+def _push(function: Callable[..., Tensor], inputs: Sequence, tangents: Sequence) -> Tensor:
+    """The derivative along tangents: to pull back is linear, and its own pull-back pushes."""
+    output, pull = torch.func.vjp(function, *inputs)
+    _, push = torch.func.vjp(pull, torch.zeros_like(output))
+    return push(tuple(tangents))[0]
+
+
+# --- leaves -----------------------------------------------------------------------------------
 
 
 class _Leaves(torch.autograd.Function):
@@ -171,19 +183,11 @@ def _mix(c: Tensor, x: Tensor | None, s: Tensor, y: Tensor | None) -> Tensor | N
     return c * x if y is None else torch.addcmul(c * x, s, y)
 
 
-def _push(function: Callable[..., Tensor], inputs: Sequence, tangents: Sequence) -> Tensor:
-    """The derivative along tangents: to pull back is linear, and its own pull-back pushes."""
-    output, pull = torch.func.vjp(function, *inputs)
-    _, push = torch.func.vjp(pull, torch.zeros_like(output))
-    return push(tuple(tangents))[0]
-
-
 # --- merges -----------------------------------------------------------------------------------
 
 
 def _merge_cosine_sine(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
-    function = _Merge.forward if torch.compiler.is_compiling() else _Merge.apply
-    return function(angles, *parts)
+    return _call(_Merge, angles, *parts)
 
 
 class _Merge(torch.autograd.Function):
@@ -195,6 +199,7 @@ class _Merge(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    setup_context = staticmethod(_save_inputs)
 
     @staticmethod
     def sides(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -220,11 +225,6 @@ class _Merge(torch.autograd.Function):
         q = _product(u, (t * v).reshape(blocks, 2, sets, p, 2 * p))
         q = q.transpose(1, 2).reshape(blocks, sets, 2 * p, 2 * p)
         return q if len(parts) == 1 else q[..., :-1, :-1].contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -253,8 +253,7 @@ class _Merge(torch.autograd.Function):
 def _merge_crossing(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
     if len(kind) == 2:
         (a1, a2), (b1, b2) = map(_halves, kind)
-        function = _Cross.forward if torch.compiler.is_compiling() else _Cross.apply
-        return function(*parts, (a1, a2, b1, b2))
+        return _call(_Cross, *parts, (a1, a2, b1, b2))
     # T = X(A, B) (T(A) + T(B))
     x, *halves = parts
     columns = x.split([half.shape[-1] for half in halves], -1)
@@ -358,7 +357,6 @@ def _build(angles: Tensor, plan: _Plan) -> Tensor:
     turns = iter(
         table.split([group.turns * group.count for level in plan.levels for group in level])
     )
-    leaves = _Leaves.forward if torch.compiler.is_compiling() else _Leaves.apply
     below: dict[Kind, Tensor] = {}
     for level in plan.levels:
         sizes: dict[Kind, list[int]] = {}
@@ -375,7 +373,7 @@ def _build(angles: Tensor, plan: _Plan) -> Tensor:
                 found = [next(parts[kind]) for kind, _ in group.below]
                 blocks[group.kind] = plan.merge(group.kind, found, t)
             else:
-                blocks[group.kind] = leaves(t, group.planes, sum(group.kind))
+                blocks[group.kind] = _call(_Leaves, t, group.planes, sum(group.kind))
         below = blocks
     (u,) = below.values()
     return u

@@ -396,16 +396,15 @@ for schedule in (givens.crossing(4), givens.crossing(9), givens.cosine_sine(9).f
     plain = torch.autograd.grad(loss(angles, reference), angles)
     torch.testing.assert_close(fast, plain)
 
-    angles = angles.detach().float().requires_grad_()
-    exact = product.matrix(angles, schedule)
-    (gradient,) = torch.autograd.grad(exact.sum(), angles)
-    torch.compiler.reset()
-    compiled = torch.compile(product.matrix, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = compiled(angles, schedule)
-        (fast,) = torch.autograd.grad(value.sum(), angles)
-    torch.testing.assert_close(value, exact, rtol=0, atol=1e-6)
-    torch.testing.assert_close(fast, gradient, rtol=0, atol=1e-4)
+schedule = givens.cosine_sine(256)
+angles = torch.randn(schedule.num_angles, requires_grad=True)
+results = []
+for form in (product.matrix, torch.compile(product.matrix, fullgraph=True, backend="aot_eager")):
+    value = form(angles, schedule)
+    results.append((value, *torch.autograd.grad(value.sum(), angles)))
+    torch.set_float32_matmul_precision("medium")
+for exact, fast in zip(*results):
+    torch.testing.assert_close(fast, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
 """
 
 
