@@ -383,7 +383,7 @@ from flows import givens
 from flows.givens import product, reference
 
 torch.manual_seed(0)
-for schedule in (givens.crossing(4), givens.crossing(9), givens.cosine_sine(9).frame(2)):
+for schedule in (givens.crossing(9), givens.cosine_sine(9).frame(2)):
     angles = torch.randn(schedule.num_angles, dtype=torch.float64, requires_grad=True)
     x = torch.randn(3, schedule.dim, dtype=torch.float64)
 
@@ -396,15 +396,18 @@ for schedule in (givens.crossing(4), givens.crossing(9), givens.cosine_sine(9).f
     plain = torch.autograd.grad(loss(angles, reference), angles)
     torch.testing.assert_close(fast, plain)
 
-schedule = givens.cosine_sine(256)
-angles = torch.randn(schedule.num_angles, requires_grad=True)
-results = []
-for form in (product.matrix, torch.compile(product.matrix, fullgraph=True, backend="aot_eager")):
-    value = form(angles, schedule)
-    results.append((value, *torch.autograd.grad(value.sum(), angles)))
-    torch.set_float32_matmul_precision("medium")
-for exact, fast in zip(*results):
-    torch.testing.assert_close(fast, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+    # The guarded product is an operator that the compiler leaves alone, and there is no other.
+    operators = set()
+
+    def backend(graph, inputs):
+        operators.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.compile(product.matrix, fullgraph=True, backend=backend)(angles, schedule)
+    products = {name for name in operators if "product" in name or "mm" in name or "mul" in name}
+    assert any("flows.product" in name for name in products)
+    assert not any("mm" in name or "matmul" in name for name in products), products
 """
 
 
