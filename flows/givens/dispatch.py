@@ -9,6 +9,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from flows.givens import autograd, product, reference
+from flows.givens.exact import matmul
 from flows.givens.schedule import Schedule
 
 __all__ = ["IMPLS", "matrix", "rotate"]
@@ -139,6 +140,10 @@ def rotate(
             return autograd.rotate(x, angles, schedule, inverse=inverse)
         case "product":
             return product.rotate(x, angles, schedule, inverse=inverse)
+        case "compiled" if angles.ndim == 1 and x.numel() >= schedule.dim * _many(schedule.dim):
+            u = autograd.matrix(angles, schedule, engine=_engine("compiled"))
+            rows = x.reshape(-1, schedule.dim)
+            return matmul(rows, u if inverse else u.mT).reshape(x.shape)
         case "compiled" | "triton" as name:
             engine = _engine(name)
             return autograd.rotate(x, angles, schedule, inverse=inverse, engine=engine)
@@ -154,6 +159,11 @@ def _chosen(impl: str, angles: Tensor, schedule: Schedule, *, shared: bool) -> s
         return "compiled"
     products = schedule.name.startswith(("crossing(", "cosine_sine("))
     return "product" if shared and products and schedule.dim >= PRODUCT_FROM else "rounds"
+
+
+def _many(dim: int) -> int:
+    """So many vectors are sooner multiplied by the matrix than turned one by one."""
+    return max(2 * dim, 192)
 
 
 def _engine(name: str) -> ModuleType:

@@ -7,14 +7,14 @@ recursions, their backward pass and their cost.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flows.givens.exact import matmul
 from flows.givens.schedule import Schedule
 
 __all__ = ["matrix", "rotate"]
@@ -43,78 +43,15 @@ def rotate(x: Tensor, angles: Tensor, schedule: Schedule, *, inverse: bool = Fal
             f"{(schedule.num_angles,)}, got {tuple(angles.shape)}."
         )
     u = matrix(angles, schedule)
-    return _product(x.reshape(-1, schedule.dim), u if inverse else u.mT).reshape(x.shape)
+    return matmul(x.reshape(-1, schedule.dim), u if inverse else u.mT).reshape(x.shape)
 
 
-# --- exact products ---------------------------------------------------------------------------
-
-
-@contextmanager
-def _full_precision(like: Tensor) -> Iterator[None]:
-    """Products in IEEE arithmetic of their own dtype, whatever the user has asked for."""
-    device = like.device.type
-    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-    before = backend.matmul.fp32_precision
-    reduced = before not in ("none", "ieee")
-    if reduced:
-        backend.matmul.fp32_precision = "ieee"
-    try:
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                yield
-        else:
-            yield
-    finally:
-        if reduced:
-            # An inherited setting is inherited again, an explicit one is put back.
-            backend.matmul.fp32_precision = "none"
-            if backend.matmul.fp32_precision != before:
-                backend.matmul.fp32_precision = before
-
-
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    with _full_precision(a):
-        return a @ b
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in full precision, and so are its derivatives of any order."""
-    if torch.compiler.is_compiling():
-        return _compiled_product(a, b)
-    return (_Product.apply if torch.is_grad_enabled() else _multiply)(a, b)
+# --- derivatives ------------------------------------------------------------------------------
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
     ctx.save_for_forward(*inputs)
-
-
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    a, b = ctx.saved_tensors
-    return (
-        _product(grad, b.mT) if ctx.needs_input_grad[0] else None,
-        _product(a.mT, grad) if ctx.needs_input_grad[1] else None,
-    )
-
-
-class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
-    forward = staticmethod(_multiply)
-    setup_context = staticmethod(_save_inputs)
-    backward = staticmethod(_product_backward)
-
-    @staticmethod
-    def jvp(ctx: Any, da: Tensor, db: Tensor) -> Tensor:
-        a, b = ctx.saved_tensors
-        return _product(da, b) + _product(a, db)
-
-
-# What the compiler is given instead: it cannot look inside, so that the precision stays.
-_compiled_product = torch.library.custom_op("flows::product", _multiply, mutates_args=())
-_compiled_product.register_fake(torch.matmul)
-_compiled_product.register_autograd(
-    _product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
 
 
 def _call(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -222,7 +159,7 @@ class _Merge(torch.autograd.Function):
     def forward(angles: Tensor, *parts: Tensor) -> Tensor:
         p, blocks, sets = angles.shape
         (u, v), t = _Merge.sides(parts), _Merge.turns(angles.cos(), angles.sin())
-        q = _product(u, (t * v).reshape(blocks, 2, sets, p, 2 * p))
+        q = matmul(u, (t * v).reshape(blocks, 2, sets, p, 2 * p))
         q = q.transpose(1, 2).reshape(blocks, sets, 2 * p, 2 * p)
         return q if len(parts) == 1 else q[..., :-1, :-1].contiguous()
 
@@ -234,8 +171,8 @@ class _Merge(torch.autograd.Function):
         (u, v), t = _Merge.sides(parts), _Merge.turns(c, s)
         grad = grad if len(parts) == 1 else torch.nn.functional.pad(grad, (0, 1, 0, 1))
         grad = grad.reshape(blocks, sets, 2, p, 2 * p).transpose(1, 2)
-        du = _product(grad, (t * v).reshape(grad.shape).mT)
-        dm = _product(u.mT, grad).reshape(blocks, 2, sets, p, 2, p)
+        du = matmul(grad, (t * v).reshape(grad.shape).mT)
+        dm = matmul(u.mT, grad).reshape(blocks, 2, sets, p, 2, p)
         dt = (dm * v).sum(-1).permute(1, 4, 3, 0, 2)
         dangles = c * (dt[1, 0] - dt[0, 1]) - s * (dt[0, 0] + dt[1, 1])
         dv = torch.addcmul(dm[:, 0] * t[:, 0], dm[:, 1], t[:, 1]).permute(0, 3, 1, 2, 4)
@@ -257,7 +194,7 @@ def _merge_crossing(kind: Kind, parts: list[Tensor], angles: Tensor) -> Tensor:
     # T = X(A, B) (T(A) + T(B))
     x, *halves = parts
     columns = x.split([half.shape[-1] for half in halves], -1)
-    return torch.cat([_product(f, t) for f, t in zip(columns, halves, strict=True)], -1)
+    return torch.cat([matmul(f, t) for f, t in zip(columns, halves, strict=True)], -1)
 
 
 class _Cross(torch.autograd.Function):
@@ -279,9 +216,9 @@ class _Cross(torch.autograd.Function):
         (f21a, f21b), (f12a, f12b) = f21.split([a2, b1], -2), f12.split([a1, b2], -1)
         (f11a, f11b), (f22a, f22b) = f11.split([a1, b1], -1), f22.split([a2, b2], -1)
         (f11aa, f11ba), (f22ab, f22bb) = f11a.split([a1, b1], -2), f22b.split([a2, b2], -2)
-        g1a, g1b = _product(f11b, f21b).split([a1, b1], -2)
-        g2a, g2b = _product(f22a, f21a).split([a2, b2], -2)
-        outer = _product(f12a, f11aa), _product(f12, _rows(g1a, g2b)), _product(f12b, f22bb)
+        g1a, g1b = matmul(f11b, f21b).split([a1, b1], -2)
+        g2a, g2b = matmul(f22a, f21a).split([a2, b2], -2)
+        outer = matmul(f12a, f11aa), matmul(f12, _rows(g1a, g2b)), matmul(f12b, f22bb)
         top, bottom = zip(*(part.split([a1, b2], -2) for part in outer), strict=True)
         no_a, no_b = f22ab.new_zeros(*f22ab.shape[:-1], a1), f11ba.new_zeros(*f11ba.shape[:-1], b2)
         return _rows(
@@ -303,18 +240,18 @@ class _Cross(torch.autograd.Function):
         (f21a, f21b), (f12a, f12b) = f21.split([a2, b1], -2), f12.split([a1, b2], -1)
         (f11a, f11b), (f22a, f22b) = f11.split([a1, b1], -1), f22.split([a2, b2], -1)
         f11aa, f22bb = f11a[..., :a1, :], f22b[..., a2:, :]
-        middle = _rows(_product(f11b[..., :a1, :], f21b), _product(f22a[..., a2:, :], f21a))
+        middle = _rows(matmul(f11b[..., :a1, :], f21b), matmul(f22a[..., a2:, :], f21a))
         top, over, under, bottom = grad.split([a1, a2, b1, b2], -2)
         left, center, right = _rows(top, bottom).split([a1, a2 + b1, b2], -1)
         _, dg2a, df22ab = over.split([a1, a2 + b1, b2], -1)
         df11ba, dg1b, _ = under.split([a1, a2 + b1, b2], -1)
-        dg1a, dg2b = _product(f12.mT, center).split([a1, b2], -2)
+        dg1a, dg2b = matmul(f12.mT, center).split([a1, b2], -2)
         dg1, dg2 = _rows(dg1a, dg1b), _rows(dg2a, dg2b)
-        df21 = _rows(_product(f22a.mT, dg2), _product(f11b.mT, dg1))
-        df11 = _columns(_rows(_product(f12a.mT, left), df11ba), _product(dg1, f21b.mT))
-        df22 = _columns(_product(dg2, f21a.mT), _rows(df22ab, _product(f12b.mT, right)))
-        df12 = _columns(_product(left, f11aa.mT), _product(right, f22bb.mT))
-        return df21, df11, df22, df12 + _product(center, middle.mT), None
+        df21 = _rows(matmul(f22a.mT, dg2), matmul(f11b.mT, dg1))
+        df11 = _columns(_rows(matmul(f12a.mT, left), df11ba), matmul(dg1, f21b.mT))
+        df22 = _columns(matmul(dg2, f21a.mT), _rows(df22ab, matmul(f12b.mT, right)))
+        df12 = _columns(matmul(left, f11aa.mT), matmul(right, f22bb.mT))
+        return df21, df11, df22, df12 + matmul(center, middle.mT), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
