@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from flows.givens.lanes import VECTOR, njit, tile, turn_lanes
-from flows.givens.program import CROSS, LEAF, PATTERNS, ROWS, SINGLE, TURNS, program
+from flows.givens.program import CROSS, LEAF, PAIR, PATTERNS, ROWS, SINGLE, TURNS, program
 from flows.givens.schedule import Schedule
 
 __all__ = ["pull", "turn"]
 
-# Bytes in a row of a slab.
-ROW = 256
+# Bytes in a row of a slab: of columns at most, so that turns are seldom read; of samples.
+ROW, ROW_EACH = 512, 256
 # So many turns of a vector are worth a thread of their own: some 100 microseconds.
 TURNS_PER_THREAD = 100_000
 # Turns of a slab of samples that are made from their angles at a time.
@@ -101,14 +101,19 @@ def _shared(
     vectors = -(-count * size // (VECTOR * max(slabs, 1)))
     width, jobs = vectors * VECTOR // size, sets * slabs
     threads = _threads(jobs, jobs * vectors * len(number))
-    table, signs = _prepare(_array(angles), schedule.dim, runs, rows, number)
+    table = np.empty((sets, len(number), 2), x.dtype)
+    direction = np.empty((sets, len(number)), x.dtype)
+    given = _array(angles), number, table, direction
+    _parallel(_shears, given, direction.size, threads)
+    signs = _carry_signs(schedule.dim, runs, rows, table, direction)
     given = *sides, columns, width, runs, rows, span, table, signs
     if dangles is None:
         _parallel(_turn_shared, given, jobs, threads)
     else:
         sums = np.zeros((threads, sets, len(number)), x.dtype)
         _parallel(_pull_shared, (*given, sums), jobs, threads)
-        _collect(sums, number, table, _array(dangles))
+        given = sums, number, direction, _array(dangles)
+        _parallel(_collect, given, len(number), threads)
 
 
 def _each(
@@ -116,9 +121,9 @@ def _each(
 ) -> None:
     """Turn or pull where each row has angles of its own."""
     x = arrays[0]
-    jobs = -(-len(x) * x.itemsize // ROW)
+    jobs = -(-len(x) * x.itemsize // ROW_EACH)
     # Making a turn from its angle costs about eight times the turn.
-    threads = _threads(jobs, 8 * jobs * (ROW // VECTOR) * schedule.num_angles)
+    threads = _threads(jobs, 8 * jobs * (ROW_EACH // VECTOR) * schedule.num_angles)
     _parallel(loop, (*arrays, schedule.planes.numpy(), inverse), jobs, threads)
 
 
@@ -174,30 +179,33 @@ _PLANES = tuple(np.array(pattern, np.int64) for pattern in PATTERNS)
 
 
 @njit
-def _prepare(angles, dim, runs, rows, number):
-    """A table (sets, turns, 3) of tau, s and the direction of each turn; signs (sets, dim).
+def _shears(angles, number, table, direction, thread, first, last):
+    """For the turns first:last of all sets: tau and s, and -1 in place of 1 for a half turn."""
+    turns, size = len(number), 256
+    buffer = np.empty((3, size))
+    for begin in range(first, last, size):
+        end = min(begin + size, last)
+        for k in range(begin, end):
+            buffer[0, k - begin] = angles[k // turns, number[k % turns]]
+        for k in range(end - begin):
+            sin, cos, odd = _half_angle(buffer[0, k])
+            buffer[0, k], buffer[1, k], buffer[2, k] = sin / cos, 2.0 * sin * cos, odd
+        for k in range(begin, end):
+            n, t = k // turns, k % turns
+            table[n, t, 0], table[n, t, 1] = buffer[0, k - begin], buffer[1, k - begin]
+            direction[n, t] = 1.0 - 2.0 * buffer[2, k - begin]
+
+
+@njit
+def _carry_signs(dim, runs, rows, table, direction):
+    """Signs (sets, dim) of the rows in the end.
 
     A half turn changes the signs of its rows. They are carried past later turns, which change
-    direction where one of their two rows has changed, and remain to be applied in the end.
+    direction where one of their two rows has changed; ``direction`` tells that afterwards.
     """
-    table = np.empty((len(angles), len(number), 3), angles.dtype)
-    signs = np.empty((len(angles), dim), angles.dtype)
-    count, some = 256, 0.0
-    buffer = np.empty((3, count))
-    for n in range(len(angles)):
-        signs[n] = 1.0
-        for first in range(0, len(number), count):
-            last = min(first + count, len(number))
-            for k in range(first, last):
-                buffer[0, k - first] = angles[n, number[k]]
-            for k in range(last - first):
-                sin, cos, odd = _half_angle(buffer[0, k])
-                buffer[0, k], buffer[1, k], buffer[2, k] = sin / cos, 2.0 * sin * cos, odd
-            for k in range(first, last):
-                table[n, k, 0], table[n, k, 1] = buffer[0, k - first], buffer[1, k - first]
-                table[n, k, 2] = 1.0 - 2.0 * buffer[2, k - first]
-                some += buffer[2, k - first]
-        if some == 0.0:
+    signs = np.ones((len(table), dim), table.dtype)
+    for n in range(len(table)):
+        if not (direction[n] < 0.0).any():
             continue
         for run in range(len(runs)):
             kind, tiles, _, row, turn = runs[run]
@@ -205,26 +213,26 @@ def _prepare(angles, dim, runs, rows, number):
             for _ in range(tiles):
                 for k in range(len(pattern)):
                     i, j = rows[row + pattern[k, 0]], rows[row + pattern[k, 1]]
-                    half, direction = table[n, turn + k, 2], signs[n, i] * signs[n, j]
-                    table[n, turn + k, 0] *= direction
-                    table[n, turn + k, 1] *= direction
-                    table[n, turn + k, 2] = direction
+                    half, sign = direction[n, turn + k], signs[n, i] * signs[n, j]
+                    table[n, turn + k, 0] *= sign
+                    table[n, turn + k, 1] *= sign
+                    direction[n, turn + k] = sign
                     signs[n, i] *= half
                     signs[n, j] *= half
                 row += ROWS[kind]
                 turn += len(pattern)
-    return table, signs
+    return signs
 
 
 @njit
-def _collect(sums, number, table, dangles):
-    """The sums of all threads (threads, sets, turns), each to its angle."""
+def _collect(sums, number, direction, dangles, thread, first, last):
+    """The sums of all threads (threads, sets, turns), those of first:last, to their angles."""
     for n in range(len(dangles)):
-        for k in range(len(number)):
+        for k in range(first, last):
             total = sums[0, n, k]
-            for thread in range(1, len(sums)):
-                total += sums[thread, n, k]
-            dangles[n, number[k]] = table[n, k, 2] * total
+            for other in range(1, len(sums)):
+                total += sums[other, n, k]
+            dangles[n, number[k]] = direction[n, k] * total
 
 
 # --- slabs --------------------------------------------------------------------------------------
@@ -272,6 +280,7 @@ def _save(slab, signs, columns, first, last, y):
 _single, _undo_single = tile(PATTERNS[SINGLE])
 _cross, _undo_cross = tile(PATTERNS[CROSS])
 _leaf, _undo_leaf = tile(PATTERNS[LEAF])
+_pair, _undo_pair = tile(PATTERNS[PAIR])
 
 
 @njit
@@ -299,6 +308,8 @@ def _turn_shared(
                     _cross(slab, vectors, rows, row, table[n], turn)
                 elif kind == LEAF:
                     _leaf(slab, vectors, rows, row, table[n], turn)
+                elif kind == PAIR:
+                    _pair(slab, vectors, rows, row, table[n], turn)
                 else:
                     _single(slab, vectors, rows, row, table[n], turn)
                 row += ROWS[kind]
@@ -331,6 +342,8 @@ def _pull_shared(
                     _undo_cross(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
                 elif kind == LEAF:
                     _undo_leaf(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
+                elif kind == PAIR:
+                    _undo_pair(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
                 else:
                     _undo_single(slab, slope, vectors, rows, row, table[n], turn, sums[thread, n])
         if not columns:
@@ -359,8 +372,8 @@ def _make_turns(angles, numbers, low, high, inverse, cos, sin):
 
 @njit
 def _turn_each(x, y, angles, planes, inverse, thread, first, last):
-    dim, width = x.shape[1], ROW // x.itemsize
-    vectors = ROW // VECTOR
+    dim, width = x.shape[1], ROW_EACH // x.itemsize
+    vectors = ROW_EACH // VECTOR
     slab, plus = _slab(dim, width, x), np.ones(dim, x.dtype)
     cos, sin = _slab(CHUNK, width, x), _slab(CHUNK, width, x)
     order = np.arange(len(planes))
@@ -380,8 +393,8 @@ def _turn_each(x, y, angles, planes, inverse, thread, first, last):
 
 @njit
 def _pull_each(y, grad, dx, angles, dangles, planes, inverse, thread, first, last):
-    dim, width = y.shape[1], ROW // y.itemsize
-    vectors = ROW // VECTOR
+    dim, width = y.shape[1], ROW_EACH // y.itemsize
+    vectors = ROW_EACH // VECTOR
     slab, slope, plus = _slab(dim, width, y), _slab(dim, width, y), np.ones(dim, y.dtype)
     cos, sin = _slab(CHUNK, width, y), _slab(CHUNK, width, y)
     order, sign = np.arange(len(planes)), -1.0 if inverse else 1.0

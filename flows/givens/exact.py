@@ -11,20 +11,28 @@ from torch import Tensor
 __all__ = ["matmul"]
 
 
+def _reduced(like: Tensor) -> bool:
+    """Whether a product of such tensors would be made in less than their own precision."""
+    device = like.device.type
+    precision = _backend(device).matmul.fp32_precision
+    return precision not in ("none", "ieee") or torch.is_autocast_enabled(device)
+
+
+def _backend(device: str) -> Any:
+    return torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+
+
 @contextmanager
 def _full_precision(like: Tensor) -> Iterator[None]:
     """Products in IEEE arithmetic of their own dtype, whatever the user has asked for."""
     device = like.device.type
-    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    backend = _backend(device)
     before = backend.matmul.fp32_precision
     reduced = before not in ("none", "ieee")
     if reduced:
         backend.matmul.fp32_precision = "ieee"
     try:
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                yield
-        else:
+        with torch.autocast(device, enabled=False):
             yield
     finally:
         if reduced:
@@ -35,6 +43,8 @@ def _full_precision(like: Tensor) -> Iterator[None]:
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    if not _reduced(a):
+        return a @ b
     with _full_precision(a):
         return a @ b
 
@@ -43,7 +53,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in full precision, and so are its derivatives of any order."""
     if torch.compiler.is_compiling():
         return _operator(a, b)
-    return (_Matmul.apply if torch.is_grad_enabled() else _multiply)(a, b)
+    if _reduced(a) and torch.is_grad_enabled():
+        return _Matmul.apply(a, b)
+    return _multiply(a, b)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -116,7 +116,7 @@ def tile(pattern: tuple[tuple[int, int], ...]) -> tuple[Callable, Callable]:
     """The turns of one tile, and their way back with the gradient of each.
 
     The tile begins at the given places of ``rows`` (numbers of rows of the slab), of ``table``
-    (turns, 3), and of the sums that gather gradients.
+    (turns, 2), and of the sums that gather gradients.
     """
     size = 1 + max(j for _, j in pattern)
 
@@ -129,12 +129,12 @@ def tile(pattern: tuple[tuple[int, int], ...]) -> tuple[Callable, Callable]:
         emit = _Emit(context, builder, signature, args)
         _, vectors, _, row, _, turn = args
         (of_x,) = pointers(emit, (0,), emit.pointer(2, row), vectors)
-        table = emit.pointer(4, builder.mul(turn, turn.type(3)))
+        table = emit.pointer(4, builder.mul(turn, turn.type(2)))
         with cgutils.for_range(builder, vectors) as loop:
             here = emit.at(of_x, loop.index)
             x = emit.load(here)
             for k, (i, j) in enumerate(pattern):
-                tau, s = (emit.everywhere(table, 3 * k + c) for c in (0, 1))
+                tau, s = (emit.everywhere(table, 2 * k + c) for c in (0, 1))
                 x[i] = emit.subtract(x[i], tau, x[j])
                 x[j] = emit.add(x[j], s, x[i])
                 x[i] = emit.subtract(x[i], tau, x[j])
@@ -144,7 +144,7 @@ def tile(pattern: tuple[tuple[int, int], ...]) -> tuple[Callable, Callable]:
         emit = _Emit(context, builder, signature, args)
         _, _, vectors, _, row, _, turn, _ = args
         of_y, of_grad = pointers(emit, (0, 1), emit.pointer(3, row), vectors)
-        table = emit.pointer(5, builder.mul(turn, turn.type(3)))
+        table = emit.pointer(5, builder.mul(turn, turn.type(2)))
         zero = ir.Constant(emit.vector, None)
         totals = [cgutils.alloca_once(builder, emit.vector) for _ in pattern]
         for total in totals:
@@ -156,7 +156,7 @@ def tile(pattern: tuple[tuple[int, int], ...]) -> tuple[Callable, Callable]:
                 # dL/dt is the sum of y_i g_j - y_j g_i.
                 total = emit.add(builder.load(totals[k]), y[i], grad[j])
                 builder.store(emit.subtract(total, y[j], grad[i]), totals[k])
-                tau, s = (emit.everywhere(table, 3 * k + c) for c in (0, 1))
+                tau, s = (emit.everywhere(table, 2 * k + c) for c in (0, 1))
                 for x in (y, grad):
                     x[i] = emit.add(x[i], tau, x[j])
                     x[j] = emit.subtract(x[j], s, x[i])

@@ -13,19 +13,22 @@ import numpy as np
 from flows.givens.lanes import njit
 from flows.givens.schedule import Schedule
 
-__all__ = ["CROSS", "LEAF", "PATTERNS", "ROWS", "SINGLE", "TURNS", "Program", "program"]
+__all__ = ["CROSS", "LEAF", "PAIR", "PATTERNS", "ROWS", "SINGLE", "TURNS", "Program", "program"]
 
 _QUARTER = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 1), (2, 3)]
 _HALVES = _QUARTER + [(i + 4, j + 4) for i, j in _QUARTER]
 
 # The planes of a tile in order of application, as positions among its rows.
-SINGLE, CROSS, LEAF = range(3)
+_EIGHT = _HALVES + [(k, k + 4) for k in range(4)] + _HALVES
+SINGLE, CROSS, LEAF, PAIR = range(4)
 PATTERNS = (
     ((0, 1),),
     tuple((a, 4 + b) for a in (3, 2, 1, 0) for b in range(4)),  # four rows meet four others
-    (*_HALVES, *((k, k + 4) for k in range(4)), *_HALVES),  # cosine_sine(8)
+    tuple(_EIGHT),  # cosine_sine(8)
+    # Eight rows each meet one of eight others, then both eights are turned as above.
+    (*((k, k + 8) for k in range(8)), *_EIGHT, *((i + 8, j + 8) for i, j in _EIGHT)),
 )
-ROWS, TURNS = np.array([2, 8, 8]), np.array([1, 16, 28])
+ROWS, TURNS = np.array([2, 8, 8, 16]), np.array([1, 16, 28, 64])
 
 
 class Program(NamedTuple):
@@ -43,10 +46,11 @@ def program(schedule: Schedule, *, inverse: bool = False) -> Program:
 
 
 def _build(schedule: Schedule, inverse: bool) -> Program:
-    planes, kind, angle = _turns(schedule)
+    mirrored = inverse and schedule.name.startswith("cosine_sine(")
+    planes, kind, angle = _turns(schedule, mirrored)
     pattern = _tile_patterns(kind)
-    # Undone are the last tiles first.
-    pattern = pattern[::-1] if inverse else pattern
+    step = -1 if inverse and not mirrored else 1
+    pattern = pattern[::step]
     first_row, first_turn = (_ends(size[pattern]) for size in (ROWS, TURNS))
     rows, number = np.empty(first_row[-1], np.int32), np.empty(len(angle), np.int64)
     for k, planes_of_tile in enumerate(PATTERNS):
@@ -56,8 +60,8 @@ def _build(schedule: Schedule, inverse: bool) -> Program:
         tile_rows = planes[mine].reshape(-1, 2 * turns)[:, of_row]
         tile_angles = angle[mine].reshape(-1, turns)
         if inverse:
-            row, turn = _UNDONE[k]
-            tile_rows, tile_angles = tile_rows[::-1, row], tile_angles[::-1, turn]
+            row, turn = _undoing(k, mirrored)
+            tile_rows, tile_angles = tile_rows[::step, row], tile_angles[::step, turn]
         tiles = pattern == k
         rows[first_row[:-1][tiles, None] + np.arange(ROWS[k])] = tile_rows
         number[first_turn[:-1][tiles, None] + np.arange(turns)] = tile_angles
@@ -69,16 +73,16 @@ def _build(schedule: Schedule, inverse: bool) -> Program:
     return Program(runs.astype(np.int64), rows, number, span)
 
 
-def _turns(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _turns(schedule: Schedule, mirrored: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Planes (turns, 2) in order of application, the pattern and the angle of each turn."""
     recursion = _RECURSIONS.get(schedule.name.partition("(")[0])
     if recursion is None:
         planes = schedule.planes.numpy()
         return planes, np.zeros(len(planes), np.int8), np.arange(len(planes))
     planes, kind = recursion(schedule.dim)
-    angle, kind = _angle_numbers(planes, schedule), kind.copy()
+    angle, kind = _angle_numbers(planes, schedule, mirrored), kind.copy()
     # A tile that misses a plane of the schedule is cut into single turns.
-    for k in (CROSS, LEAF):
+    for k in (CROSS, LEAF, PAIR):
         at = np.flatnonzero(kind == k).reshape(-1, TURNS[k])
         kind[at[(angle[at] < 0).any(1)]] = SINGLE
     there = angle >= 0
@@ -95,23 +99,26 @@ def _ends(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def _angle_numbers(planes: np.ndarray, schedule: Schedule) -> np.ndarray:
+def _angle_numbers(planes: np.ndarray, schedule: Schedule, mirrored: bool) -> np.ndarray:
     """The angle of each turn, -1 where a restriction has left it out.
 
     The k-th turn of a plane here is the k-th in the schedule: restrictions leave out all
-    turns of a plane, or the last ones.
+    turns of a plane, or the last ones. Mirrored, it is the k-th from the end.
     """
 
-    def key(planes: np.ndarray) -> np.ndarray:
+    def key(planes: np.ndarray, mirrored: bool = False) -> np.ndarray:
         n = schedule.dim
         plane = planes[:, 0] * n + planes[:, 1]
         order = np.argsort(plane, kind="stable")
         ordered = plane[order]
         occurrence = np.empty(len(plane), np.int64)
-        occurrence[order] = np.arange(len(plane)) - np.searchsorted(ordered, ordered)
+        index = np.arange(len(plane))
+        last = np.searchsorted(ordered, ordered, side="right") - 1
+        first = np.searchsorted(ordered, ordered)
+        occurrence[order] = last - index if mirrored else index - first
         return occurrence * n * n + plane
 
-    kept, wanted = key(schedule.planes.numpy()), key(planes)
+    kept, wanted = key(schedule.planes.numpy()), key(planes, mirrored)
     of_kept, of_wanted = np.argsort(kept), np.argsort(wanted)
     at = np.searchsorted(kept[of_kept], wanted[of_wanted]).clip(max=len(kept) - 1)
     number = np.empty(len(wanted), np.int64)
@@ -188,11 +195,24 @@ def _cosine_sine(n: int) -> _Turns:
     """Q = (U1 + U2) CS (V1 + V2)."""
     if n == 1:
         return _single_turns([])
-    if n == 8:
-        return _tile(LEAF)
+    if n % 8 == 0 and (n // 8).bit_count() == 1:
+        leaves = [_moved(_tile(LEAF), k, k) for k in range(0, n, 8)]
+        return _chain(*leaves, _after_leaves(n))
     p = (n + 1) // 2
     sides = _chain(_cosine_sine(p), _moved(_cosine_sine(n - p), p, p))
     return _chain(sides, _single_turns([(k, p + k) for k in range(n - p)]), sides)
+
+
+@lru_cache(maxsize=64)
+def _after_leaves(n: int) -> _Turns:
+    """The same where the first turns of all eights are made: the next follow each CS at once."""
+    if n == 8:
+        return _single_turns([])
+    half = n // 2
+    planes, kind = _tile(PAIR)
+    pairs = [(planes + np.where(planes < 8, k, half - 8 + k), kind) for k in range(0, half, 8)]
+    sides = _chain(_after_leaves(half), _moved(_after_leaves(half), half, half))
+    return _chain(sides, *pairs, sides)
 
 
 _RECURSIONS = {"crossing": _crossing, "cosine_sine": _cosine_sine}
@@ -200,23 +220,27 @@ _RECURSIONS = {"crossing": _crossing, "cosine_sine": _cosine_sine}
 
 # --- the way back -----------------------------------------------------------------------------
 
+# The turn of (i, j) by -t is that of (j, i) by t: rows of a tile in an order that swaps planes.
+_SWAPPED = (
+    [1, 0],
+    [4, 5, 6, 7, 0, 1, 2, 3],
+    list(reversed(range(8))),
+    list(reversed(range(16))),
+)
 
-def _undoing(pattern: tuple[tuple[int, int], ...], row: list[int]) -> tuple[list[int], list[int]]:
-    """With its rows in this order, the turn that each turn of the pattern undoes.
 
-    Tiles are then taken last first; the turn of (i, j) by -t is that of (j, i) by t.
+@lru_cache
+def _undoing(kind: int, mirrored: bool) -> tuple[list[int], list[int]]:
+    """For a tile that undoes turns: its rows, and for each of its turns the one it undoes.
+
+    What undoes a schedule takes its tiles last first. ``cosine_sine`` may as well be taken from
+    the front: read backwards its planes are the same, so that only angles change places.
     """
+    row, pattern = _SWAPPED[kind], PATTERNS[kind]
     swapped = [(row.index(j), row.index(i)) for i, j in pattern]
-    left = list(reversed(range(len(pattern))))
+    left = list(range(len(pattern)))[:: 1 if mirrored else -1]
     turn = []
     for plane in pattern:
         turn.append(next(k for k in left if swapped[k] == plane))
         left.remove(turn[-1])
     return row, turn
-
-
-_UNDONE = (
-    _undoing(PATTERNS[SINGLE], [1, 0]),
-    _undoing(PATTERNS[CROSS], [4, 5, 6, 7, 0, 1, 2, 3]),
-    _undoing(PATTERNS[LEAF], [7, 6, 5, 4, 3, 2, 1, 0]),
-)
