@@ -53,9 +53,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in full precision, and so are its derivatives of any order."""
     if torch.compiler.is_compiling():
         return _operator(a, b)
-    if _reduced(a) and torch.is_grad_enabled():
-        return _Matmul.apply(a, b)
-    return _multiply(a, b)
+    return (_Matmul.apply if torch.is_grad_enabled() else _multiply)(a, b)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
