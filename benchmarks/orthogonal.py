@@ -194,8 +194,8 @@ def measure(
     *,
     device: str = "cpu",
     seconds: float = 0.15,
-    limit: float = 2.0,
-    budget: float = 400.0,
+    limit: float = 1.0,
+    budget: float = 440.0,
     only: str = "",
 ) -> list[dict]:
     """Rows of all methods whose name contains ``only`` at all sizes.
@@ -236,8 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--seconds", type=float, default=0.15, help="per method, size and mode")
-    parser.add_argument("--limit", type=float, default=2.0, help="seconds of one call, at most")
-    parser.add_argument("--budget", type=float, default=400.0, help="seconds, all in all")
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds of one call, at most")
+    parser.add_argument("--budget", type=float, default=440.0, help="seconds, all in all")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="part of the names of the methods to measure")

@@ -12,10 +12,11 @@ has angles of its own, samples lie side by side in a vector and are turned by c 
 README.md derives and counts.
 """
 
-import os
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -134,23 +135,49 @@ def _threads(jobs: int, turns: int) -> int:
     return max(1, min(torch.get_num_threads(), jobs, turns // TURNS_PER_THREAD))
 
 
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@lru_cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that comes with torch, if it is GNU's."""
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
+        library = ctypes.CDLL(str(path))
+        library.GOMP_parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return library
+    return None
+
+
 @lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "flows.givens")
 
 
 def _parallel(loop: Callable, given: tuple, jobs: int, threads: int) -> None:
-    """loop(*given, thread, first, last) for consecutive shares of the jobs, the first one here."""
+    """loop(*given, k, first, last) for ``threads`` consecutive shares of the jobs."""
     if threads == 1:
         loop(*given, 0, 0, jobs)
         return
     ends = [jobs * k // threads for k in range(threads + 1)]
-    # A forked process has none of its parent's threads and starts its own.
-    pool = _pool(os.getpid(), torch.get_num_threads() - 1)
-    others = [pool.submit(loop, *given, k, ends[k], ends[k + 1]) for k in range(1, threads)]
-    loop(*given, 0, 0, ends[1])
-    for other in others:
-        other.result()
+    openmp = _openmp()
+    if openmp is None:
+        pool = _pool(torch.get_num_threads())
+        list(pool.map(lambda k: loop(*given, k, ends[k], ends[k + 1]), range(threads)))
+        return
+    # On torch's own threads: those wait for work by spinning, so that others would have to
+    # share the cores with them.
+    errors = []
+
+    def body(_: None) -> None:
+        try:
+            for k in range(openmp.omp_get_thread_num(), threads, openmp.omp_get_num_threads()):
+                loop(*given, k, ends[k], ends[k + 1])
+        except BaseException as error:  # cannot leave a foreign function
+            errors.append(error)
+
+    openmp.GOMP_parallel(_BODY(body), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 # --- turns from angles --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ rotations what a Butcher tableau is to an ODE solver: everything else reads it.
 
 import hashlib
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from operator import index
 from typing import Any
@@ -119,7 +120,7 @@ class Schedule:
     def remember(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Something derived from the schedule, such as index tensors; built once, never saved."""
         if key not in self._derived:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _outside_of_function_transforms():
                 self._derived[key] = build()
         return self._derived[key]
 
@@ -179,6 +180,12 @@ class Schedule:
         kept = rule(planes[:, 0], planes[:, 1])
         rounds = self.round_of_plane.numpy()
         return self._from_rounds(self.dim, planes[kept], rounds[kept], f"{self.name}.{step}")
+
+
+def _outside_of_function_transforms() -> AbstractContextManager:
+    """Tensors made under ``torch.func`` belong to one call, but these are to be kept."""
+    # Torch has no public name for this; the compiler does without.
+    return nullcontext() if torch.compiler.is_compiling() else torch._C._DisableFuncTorch()
 
 
 # For compiled graphs, which hold no objects.

@@ -164,15 +164,32 @@ def test_threads_give_the_same_bits_forward_and_the_same_sums_each_time(sets, mo
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own(two_threads):
+def test_a_forked_process_works_on_its_own(two_threads):
     schedule = givens.crossing(130)
     angles = torch.randn(schedule.num_angles)
     expected = givens.matrix(angles, schedule, impl="compiled")
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # as torch does in the workers of a DataLoader
         same = torch.equal(givens.matrix(angles, schedule, impl="compiled"), expected)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_shares_cover_all_jobs_once_and_errors_come_out(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+    done = []
+    compiled._parallel(lambda *share: done.append(share), ("given",), 7, 3)
+    assert sorted(done) == [("given", 0, 0, 2), ("given", 1, 2, 4), ("given", 2, 4, 7)]
+
+    def fail(k, first, last):
+        if k == 1:
+            raise RuntimeError("not this share")
+
+    with pytest.raises(RuntimeError, match="not this share"):
+        compiled._parallel(fail, (), 7, 3)
 
 
 def test_tensors_elsewhere_are_refused():

@@ -472,6 +472,22 @@ def test_a_first_call_without_gradients_does_not_spoil_a_later_one(impl, mode, d
     assert angles.grad.isfinite().all()
 
 
+@every_fast
+@pytest.mark.parametrize("transform", [grad, hessian, lambda f: jacrev(jacfwd(f))])
+def test_a_first_call_inside_a_function_transform_does_not_spoil_a_later_one(impl, transform):
+    angles = torch.randn(4, dtype=torch.float64)
+
+    def loss(angles):
+        return givens.matrix(angles, schedule, impl=impl).pow(3).sum()
+
+    # Schedules of its own, so that nothing about them is remembered yet.
+    schedule = Schedule(9, [[(0, 3)], [(1, 3)], [(2, 3), (0, 1)]])
+    first = transform(loss)(angles)
+    torch.testing.assert_close(transform(loss)(angles), first)
+    expected = givens.matrix(angles, schedule, impl="reference")
+    torch.testing.assert_close(givens.matrix(angles, schedule, impl=impl), expected)
+
+
 COMPILED = """
 import torch
 from flows import givens
