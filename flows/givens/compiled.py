@@ -29,7 +29,7 @@ from flows.givens.schedule import Schedule
 __all__ = ["pull", "turn"]
 
 # Bytes in a row of a slab: of columns at most, so that turns are seldom read; of samples.
-ROW, ROW_EACH = 512, 256
+ROW, ROW_EACH = 1024, 256
 # So many turns of a vector are worth a thread of their own: some 100 microseconds.
 TURNS_PER_THREAD = 100_000
 # Turns of a slab of samples that are made from their angles at a time.
@@ -97,11 +97,14 @@ def _shared(
 ) -> None:
     """Turn (x, y), or pull (y, grad, dx), where a set of angles turns several columns."""
     x, (runs, rows, number, span) = sides[0], program(schedule, inverse=inverse)
-    sets, count, size = len(x), x.shape[2 if columns else 1], x.itemsize
-    slabs = -(-count * size // ROW)
-    vectors = -(-count * size // (VECTOR * max(slabs, 1)))
-    width, jobs = vectors * VECTOR // size, sets * slabs
-    threads = _threads(jobs, jobs * vectors * len(number))
+    sets, count = len(x), x.shape[2 if columns else 1]
+    vectors = -(-count * x.itemsize // VECTOR)
+    threads = _threads(sets * vectors * len(number))
+    slabs = -(-vectors * VECTOR // ROW)
+    if sets < threads:  # equal shares
+        slabs = -(-slabs // threads) * threads
+    width = -(-vectors // max(slabs, 1)) * VECTOR // x.itemsize
+    jobs = sets * -(-count // max(width, 1))
     table = np.empty((sets, len(number), 2), x.dtype)
     direction = np.empty((sets, len(number)), x.dtype)
     given = _array(angles), number, table, direction
@@ -124,15 +127,15 @@ def _each(
     x = arrays[0]
     jobs = -(-len(x) * x.itemsize // ROW_EACH)
     # Making a turn from its angle costs about eight times the turn.
-    threads = _threads(jobs, 8 * jobs * (ROW_EACH // VECTOR) * schedule.num_angles)
+    threads = _threads(8 * jobs * (ROW_EACH // VECTOR) * schedule.num_angles)
     _parallel(loop, (*arrays, schedule.planes.numpy(), inverse), jobs, threads)
 
 
 # --- threads ------------------------------------------------------------------------------------
 
 
-def _threads(jobs: int, turns: int) -> int:
-    return max(1, min(torch.get_num_threads(), jobs, turns // TURNS_PER_THREAD))
+def _threads(turns: int) -> int:
+    return max(1, min(torch.get_num_threads(), turns // TURNS_PER_THREAD))
 
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
