@@ -17,7 +17,7 @@ __all__ = ["IMPLS", "matrix", "rotate"]
 IMPLS = ("auto", "reference", "rounds", "product", "compiled", "triton")
 Impl = Literal["auto", "reference", "rounds", "product", "compiled", "triton"]
 
-# From this dimension on a shared matrix is built by products; below it the two cost alike.
+# Without numba a shared matrix is built by products from this dimension on (README.md).
 PRODUCT_FROM = 64
 
 # On the CPU everything is done by compiled code where that can be.
@@ -47,9 +47,10 @@ def matrix(
         schedule: Planes in order of application.
         phases: Radians, (..., num_angles + dim): one per plane, in the order of the angles,
             then one per axis; leading axes, dtype and device as those of ``angles``.
-        impl: ``"reference"`` (the definition), ``"rounds"``, ``"product"`` (schedules made by
-            ``crossing`` or ``cosine_sine``), or ``"auto"``: products from dimension 64 on where
-            they exist, else rounds. With phases: ``"reference"`` or ``"rounds"``.
+        impl: ``"reference"`` (the definition), ``"rounds"`` (plain tensor operations),
+            ``"compiled"`` (CPU, needs numba), ``"triton"`` (GPU, needs triton), ``"product"``
+            (schedules made by ``crossing`` or ``cosine_sine``), or ``"auto"``: the fastest
+            that is there. With phases: ``"reference"`` or ``"rounds"``.
 
     Returns:
         One matrix per set of angles, in the dtype and on the device of ``angles``; with phases
@@ -57,6 +58,7 @@ def matrix(
 
     Raises:
         ValueError: If the number or type of angles or phases, or ``impl``, does not fit.
+        ImportError: If ``impl`` needs a package that is not installed.
 
     Reference:
         Hamze (2021), arXiv 2106.00003
