@@ -28,9 +28,6 @@ REFERENCE_TO = 12
 class Weight(nn.Module):
     """An orthogonal matrix made from parameters, and its product with a batch."""
 
-    def forward(self) -> Tensor:
-        raise NotImplementedError
-
     def times(self, x: Tensor) -> Tensor:
         return x @ self().mT
 

@@ -10,25 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flows.givens.lanes import njit
+from flows.givens.lanes import CROSS, LEAF, PAIR, PATTERNS, ROWS, SINGLE, TURNS, njit
 from flows.givens.schedule import Schedule
 
-__all__ = ["CROSS", "LEAF", "PAIR", "PATTERNS", "ROWS", "SINGLE", "TURNS", "Program", "program"]
-
-_QUARTER = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 1), (2, 3)]
-_HALVES = _QUARTER + [(i + 4, j + 4) for i, j in _QUARTER]
-
-# The planes of a tile in order of application, as positions among its rows.
-_EIGHT = _HALVES + [(k, k + 4) for k in range(4)] + _HALVES
-SINGLE, CROSS, LEAF, PAIR = range(4)
-PATTERNS = (
-    ((0, 1),),
-    tuple((a, 4 + b) for a in (3, 2, 1, 0) for b in range(4)),  # four rows meet four others
-    tuple(_EIGHT),  # cosine_sine(8)
-    # Eight rows each meet one of eight others, then both eights are turned as above.
-    (*((k, k + 8) for k in range(8)), *_EIGHT, *((i + 8, j + 8) for i, j in _EIGHT)),
-)
-ROWS, TURNS = np.array([2, 8, 8, 16]), np.array([1, 16, 28, 64])
+__all__ = ["Program", "program"]
 
 
 class Program(NamedTuple):

@@ -15,7 +15,8 @@ pytest.importorskip("numba")
 
 from flows import givens  # noqa: E402
 from flows.givens import compiled  # noqa: E402
-from flows.givens.program import PATTERNS, ROWS, TURNS, program  # noqa: E402
+from flows.givens.lanes import PATTERNS, ROWS, TURNS  # noqa: E402
+from flows.givens.program import program  # noqa: E402
 
 FLOAT64 = torch.float64
 
