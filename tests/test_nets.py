@@ -70,16 +70,28 @@ def test_mlp_reads_every_feature_of_the_context():
     assert (context.grad != 0).all()
 
 
-@pytest.mark.parametrize("context", [None, torch.zeros(4, 1), torch.zeros(4, 3)])
-def test_mlp_refuses_a_context_of_another_size(context):
-    net = MLP(2, 3, context_features=2)
+@pytest.mark.parametrize("net", [MLP, ConvNet])
+@pytest.mark.parametrize("context", [None, torch.zeros(4, 1), torch.zeros(4, 3), torch.zeros(2)])
+def test_context_of_another_size_is_refused(net, context):
+    inputs = torch.zeros(4, 2) if net is MLP else torch.zeros(4, 2, 2, 2)
     with pytest.raises(ValueError, match="^context must have 2 features, got "):
-        net(torch.zeros(4, 2), context)
+        net(2, 3, context_features=2)(inputs, context)
 
 
-def test_convnet_refuses_a_context():
-    with pytest.raises(ValueError, match="takes no context, got one"):
-        ConvNet(2, 3)(torch.zeros(4, 2, 2, 2), torch.zeros(4, 1))
+def test_convnet_adds_the_context_to_every_position():
+    net = ConvNet(2, 3, context_features=2)
+    nn.init.normal_(net.layers[-1].weight)
+    inputs, context = torch.randn(1, 2, 1, 1).expand(4, 2, 5, 5), torch.randn(4, 2)
+    outputs = net(inputs, context)[:, :, 2, 2]  # away from the zero padding
+    assert not torch.allclose(outputs[0], outputs[1])
+    torch.testing.assert_close(net(inputs[:1], context[:1])[:, :, 2, 2], outputs[:1])
+
+
+def test_a_function_of_the_context_alone():
+    net = MLP(0, 3, context_features=2)
+    assert net(torch.zeros(4, 0), torch.zeros(4, 2)).shape == (4, 3)
+    with pytest.raises(ValueError, match="needs context_features, got 0"):
+        MLP(0, 3)
 
 
 @pytest.mark.parametrize(

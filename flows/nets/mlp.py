@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.checks import check_at_least
+from flows.nets.context import check_context
 
 __all__ = ["MLP"]
 
@@ -14,7 +15,7 @@ class MLP(nn.Module):
     Zero outputs make a coupling layer start as the identity.
 
     Args:
-        in_features: Size of the inputs.
+        in_features: Size of the inputs; 0 for a function of the context alone.
         out_features: Size of the outputs.
         hidden_features: Width.
         blocks: Residual blocks of one hidden layer each.
@@ -38,6 +39,8 @@ class MLP(nn.Module):
         super().__init__()
         check_at_least(1, hidden_features=hidden_features)
         check_at_least(0, blocks=blocks, context_features=context_features)
+        if in_features + context_features < 1:
+            raise ValueError("a conditioner without inputs needs context_features, got 0.")
         self.context_features = context_features
         self.first = nn.Linear(in_features + context_features, hidden_features)
         self.blocks = nn.ModuleList(
@@ -52,11 +55,7 @@ class MLP(nn.Module):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         if self.context_features:
-            if context is None or context.shape[-1] != self.context_features:
-                came = None if context is None else tuple(context.shape)
-                raise ValueError(
-                    f"context must have {self.context_features} features, got {came}."
-                )
+            check_context(context, self.context_features)
             inputs = torch.cat([inputs, context], dim=-1)
         hidden = self.first(inputs)
         for block in self.blocks:

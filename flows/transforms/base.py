@@ -13,8 +13,17 @@ __all__ = [
     "Transform",
     "check_features",
     "check_unit_interval",
+    "preserves_volume",
     "sum_features",
 ]
+
+
+def preserves_volume(transform: Transform) -> bool:
+    """Whether log|det J| is zero for all inputs and all parameters, as the layer declares.
+
+    A layer declares it by ``volume_preserving = True``; nflows' layers declare nothing.
+    """
+    return getattr(transform, "volume_preserving", False)
 
 
 def check_features(inputs: Tensor, features: int, *, axis: int = 1) -> None:

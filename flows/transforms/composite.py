@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from flows.transforms.base import Transform
+from flows.transforms.base import Transform, preserves_volume
 
 __all__ = ["Composite"]
 
@@ -22,6 +22,10 @@ class Composite(Transform):
     def __init__(self, transforms: Iterable[Transform]) -> None:
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
+
+    @property
+    def volume_preserving(self) -> bool:
+        return all(map(preserves_volume, self.transforms))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = inputs.new_zeros(inputs.shape[0])

@@ -20,28 +20,30 @@ class Coupling(Transform):
         features: Size of axis 1, at least 2: features of vectors, channels of images.
         net: ``net(in_features, out_features)`` makes the conditioner, a module called as
             ``conditioner(kept, context)`` that keeps any axes behind axis 1.
-        parameters: Parameters per mapped feature.
         flip: Keep the second half instead of the first. The kept half of an odd number
             of features is the smaller one.
     """
 
     def __init__(
-        self, features: int, net: Callable[[int, int], nn.Module], parameters: int, flip: bool
+        self, features: int, net: Callable[[int, int], nn.Module], *, flip: bool = False
     ) -> None:
         super().__init__()
         check_at_least(2, features=features)
         self.features = features
-        self.parameters_per_feature = parameters
         self.flip = flip
         kept = features // 2
         self.sizes = (features - kept, kept) if flip else (kept, features - kept)
-        self.net = net(kept, (features - kept) * parameters)
+        self.net = net(kept, self.count_parameters(features - kept))
+
+    @abstractmethod
+    def count_parameters(self, moved: int) -> int:
+        """Number of parameters that map ``moved`` features."""
 
     @abstractmethod
     def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Map elementwise; parameters (batch, parameters, mapped features, ...).
+        """Map (batch, moved features, ...), given parameters (batch, number of them, ...).
 
-        Returns outputs and the elementwise log absolute derivative.
+        Returns outputs of the shape of ``moved`` and logabsdet (batch,).
         """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,10 +58,9 @@ class Coupling(Transform):
         check_features(inputs, self.features)
         first, second = inputs.split(self.sizes, dim=1)
         kept, moved = (second, first) if self.flip else (first, second)
-        parameters = self.net(kept, context).unflatten(1, (self.parameters_per_feature, -1))
-        moved, logabsdet = self.couple(moved, parameters, inverse=inverse)
+        moved, logabsdet = self.couple(moved, self.net(kept, context), inverse=inverse)
         halves = (moved, kept) if self.flip else (kept, moved)
-        return torch.cat(halves, dim=1), sum_features(logabsdet)
+        return torch.cat(halves, dim=1), logabsdet
 
     def extra_repr(self) -> str:
         return f"features={self.features}, flip={self.flip}"
@@ -94,15 +95,18 @@ class AffineCoupling(Coupling):
         flip: bool = False,
     ) -> None:
         check_positive(bound=bound)
-        super().__init__(features, net, 2, flip)
+        super().__init__(features, net, flip=flip)
         self.bound = bound
 
+    def count_parameters(self, moved: int) -> int:
+        return 2 * moved
+
     def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        shift, raw = parameters.unbind(1)
+        shift, raw = parameters.chunk(2, dim=1)
         log_scale = self.bound * torch.tanh(raw / self.bound)
         if inverse:
-            return (moved - shift) * (-log_scale).exp(), -log_scale
-        return moved * log_scale.exp() + shift, log_scale
+            return (moved - shift) * (-log_scale).exp(), -sum_features(log_scale)
+        return moved * log_scale.exp() + shift, sum_features(log_scale)
 
 
 class SplineCoupling(Coupling):
@@ -132,15 +136,20 @@ class SplineCoupling(Coupling):
         tail_bound: float = 5.0,
         flip: bool = False,
     ) -> None:
-        super().__init__(features, net, spline_parameters(bins), flip)
         check_positive(tail_bound=tail_bound)
         self.bins = bins
+        super().__init__(features, net, flip=flip)
         self.tail_bound = tail_bound
 
+    def count_parameters(self, moved: int) -> int:
+        return spline_parameters(self.bins) * moved
+
     def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(
-            moved, parameters.movedim(1, -1), tail_bound=self.tail_bound, inverse=inverse
+        per_feature = parameters.unflatten(1, (spline_parameters(self.bins), -1)).movedim(1, -1)
+        outputs, logabsdet = rational_quadratic_spline(
+            moved, per_feature, tail_bound=self.tail_bound, inverse=inverse
         )
+        return outputs, sum_features(logabsdet)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bins={self.bins}, tail_bound={self.tail_bound}"

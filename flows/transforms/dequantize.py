@@ -27,6 +27,8 @@ class Dequantize(Transform):
         Theis et al. (2016), A note on the evaluation of generative models, arXiv 1511.01844
     """
 
+    volume_preserving = True
+
     def __init__(self, grey_levels: int = 256) -> None:
         super().__init__()
         check_at_least(2, grey_levels=grey_levels)

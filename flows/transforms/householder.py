@@ -38,6 +38,8 @@ class HouseholderRotation(Transform):
         Tomczak and Welling (2016), Householder flow, arXiv 1611.09630
     """
 
+    volume_preserving = True
+
     def __init__(
         self,
         features: int,

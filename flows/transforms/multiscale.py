@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from flows.transforms.base import Transform, check_features
+from flows.transforms.base import Transform, check_features, preserves_volume
 
 __all__ = ["Multiscale", "Squeeze"]
 
@@ -18,6 +18,8 @@ class Squeeze(Transform):
         inputs (batch, channels, height, width), height and width even, to outputs
         (batch, 4 * channels, height / 2, width / 2), logabsdet (batch,), zero.
     """
+
+    volume_preserving = True
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if inputs.ndim != 4 or inputs.shape[2] % 2 or inputs.shape[3] % 2:
@@ -71,6 +73,10 @@ class Multiscale(Transform):
         self.squeeze = Squeeze()
         self.shape = tuple(shape)
         self.level_shapes = self.shapes(self.shape, len(self.transforms))
+
+    @property
+    def volume_preserving(self) -> bool:
+        return all(map(preserves_volume, self.transforms))
 
     @staticmethod
     def shapes(shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:

@@ -52,6 +52,8 @@ class Rotation(OrthogonalBase, Transform):
         Hamze (2021), arXiv 2106.00003
     """
 
+    volume_preserving = True
+
     def __init__(
         self,
         features: int,
@@ -155,6 +157,8 @@ class Rotation1x1(Transform):
     Reference:
         Kingma and Dhariwal (2018), Glow, arXiv 1807.03039, for the 1x1 convolution
     """
+
+    volume_preserving = True
 
     def __init__(
         self,
