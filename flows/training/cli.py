@@ -153,10 +153,16 @@ class RunCLI(LightningCLI):
     def open_run(self) -> None:
         """Try data and flow together, which shows mistakes; only then create the folder."""
         if self.resumed_from is not None:
-            missing = {"optimizer_states", "loops"} - set(read_checkpoint(self.resumed_from))
+            checkpoint = read_checkpoint(self.resumed_from)
+            missing = {"optimizer_states", "loops"} - set(checkpoint)
             if missing:
                 names = ", ".join(sorted(missing))
                 raise ValueError(f"{self.resumed_from} cannot be resumed: it lacks {names}.")
+            if "parameter_average" in checkpoint and not self.model.ema_decay:
+                raise ValueError(
+                    f"{self.resumed_from} was trained with averaged parameters: expected a "
+                    "model.ema_decay greater than 0 to go on, got 0."
+                )
         self.datamodule.setup("fit")
         self.model.initialize(self.datamodule)
         self.folder.mkdir(parents=True, exist_ok=self.beside is not None)

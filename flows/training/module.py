@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from torch import Tensor
 
 from flows.checks import check_at_least, check_positive
 from flows.flow import Flow
 from flows.objectives import bits_per_dim
+from flows.training.averaging import ParameterAverage
 
 __all__ = ["DensityEstimator"]
 
@@ -27,6 +28,8 @@ class DensityEstimator(LightningModule):
         warmup_steps: Steps in which the learning rate rises from zero.
         weight_decay: Decoupled weight decay of the conditioners' weight matrices; angles,
             scales, splines and biases have none.
+        ema_decay: Decay per step of a moving average of the parameters, for example 0.999;
+            validation, test and checkpoints then use the average. 0 for none.
         initial_rows: Training rows from which data-dependent layers (ActNorm, EmpiricalCDF)
             are initialized before the first step.
     """
@@ -38,6 +41,7 @@ class DensityEstimator(LightningModule):
         lr: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
+        ema_decay: float = 0.0,
         initial_rows: int = 2048,
     ) -> None:
         super().__init__()
@@ -45,10 +49,13 @@ class DensityEstimator(LightningModule):
         check_at_least(
             0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows
         )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
         self.flow = flow
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
+        self.ema_decay = ema_decay
         self.initial_rows = initial_rows
         # Nested {class_path, init_args} of the flow, set by train.py: with it `flows.load`
         # builds the flow anew.
@@ -119,6 +126,9 @@ class DensityEstimator(LightningModule):
 
     def _bits(self, log_prob: Tensor, inputs: Tensor) -> Tensor:
         return bits_per_dim(log_prob, inputs[0].numel(), bits=math.log2(self._grey_levels))
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [ParameterAverage(self.ema_decay)] if self.ema_decay else []
 
     def configure_optimizers(self) -> dict[str, Any]:
         conditioners = [
