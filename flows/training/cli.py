@@ -22,6 +22,7 @@ from flows.flow import read_checkpoint
 from flows.training.callbacks import BestAndLast, EpochSeed, Recorder
 from flows.training.module import DensityEstimator
 from flows.training.run import finish, new_folder
+from flows.transforms.base import InputOutsideDomain
 
 __all__ = ["RunCLI", "one_line_errors"]
 
@@ -177,36 +178,40 @@ class RunCLI(LightningCLI):
                 ckpt_path=None if self.resumed_from is None else str(self.resumed_from),
                 weights_only=True,
             )
-        except FloatingPointError as error:
-            sys.exit(f"error: {error}")
+            return finish(
+                self.folder,
+                self.trainer,
+                self.model,
+                self.datamodule,
+                experiment=self.experiment,
+                seed=self._seed,
+            )
+        except (FloatingPointError, InputOutsideDomain) as error:
+            self._stop(f"error: {error}", 1)
         except SIGTERMException:
             self._stop("terminated", 143)
         except (KeyboardInterrupt, SystemExit):
             self._stop("interrupted", 130)
-        return finish(
-            self.folder,
-            self.trainer,
-            self.model,
-            self.datamodule,
-            experiment=self.experiment,
-            seed=self._seed,
-        )
 
     def _stop(self, what: str, status: int) -> NoReturn:
         last = self.folder / "last.ckpt"
         hint = f"resume with: python train.py --ckpt_path {last}"
-        print(f"{what}; {hint if last.exists() else 'before the first checkpoint'}")
+        hint = hint if last.exists() else "before the first checkpoint"
+        print(f"{what}; {hint}", file=sys.stderr if status == 1 else sys.stdout)
         sys.exit(status)
 
     def test(self) -> dict[str, float]:
         """Metrics of the checkpoint on the test split."""
-        return self.trainer.test(
-            self.model,
-            datamodule=self.datamodule,
-            ckpt_path=str(self.resumed_from),
-            weights_only=True,
-            verbose=False,
-        )[0]
+        try:
+            return self.trainer.test(
+                self.model,
+                datamodule=self.datamodule,
+                ckpt_path=str(self.resumed_from),
+                weights_only=True,
+                verbose=False,
+            )[0]
+        except (FloatingPointError, InputOutsideDomain) as error:
+            sys.exit(f"error: {error}")
 
 
 @contextmanager
