@@ -20,6 +20,7 @@ from flows.transforms import (
     Rotation1x1,
     SplineCoupling,
     Squeeze,
+    Sylvester,
 )
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "Rotation1x1",
     "SplineCoupling",
     "Squeeze",
+    "Sylvester",
     "bits_per_dim",
     "distributions",
     "givens",

@@ -15,6 +15,7 @@ from flows.transforms.logit import Logit
 from flows.transforms.multiscale import Multiscale, Squeeze
 from flows.transforms.rotation import Rotation, Rotation1x1
 from flows.transforms.spline import ElementwiseSpline
+from flows.transforms.sylvester import Sylvester
 
 __all__ = [
     "ActNorm",
@@ -35,5 +36,6 @@ __all__ = [
     "Rotation1x1",
     "SplineCoupling",
     "Squeeze",
+    "Sylvester",
     "Transform",
 ]

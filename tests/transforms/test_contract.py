@@ -40,6 +40,7 @@ from flows.transforms import (
     Rotation1x1,
     SplineCoupling,
     Squeeze,
+    Sylvester,
     Transform,
 )
 from flows.transforms.base import preserves_volume
@@ -162,6 +163,14 @@ CASES = {
     "masked spline, context": Case(
         lambda: MaskedAutoregressiveSpline(3, CONTEXT_MASKED_NET, **SPLINE), reals(3), "used"
     ),
+    "sylvester": Case(lambda: Sylvester(4), reals(4)),
+    "sylvester, thin": Case(lambda: Sylvester(5, rank=2), reals(5)),
+    "sylvester, rank one": Case(lambda: Sylvester(2, rank=1), reals(2)),
+    "sylvester, round_robin": Case(
+        lambda: Sylvester(4, rank=3, schedule=givens.round_robin(4)), reals(4)
+    ),
+    "sylvester, context": Case(lambda: Sylvester(4, CONTEXT_NET), reals(4), "used"),
+    "sylvester, thin, context": Case(lambda: Sylvester(5, CONTEXT_NET, rank=3), reals(5), "used"),
     "empirical cdf": Case(lambda: fitted(3), unit(3)),
     "empirical cdf, images": Case(lambda: fitted(2, 2, 2), unit(2, 2, 2)),
     # The logits of [a, 1 - a] are a bounded interval, all that forward accepts again.
