@@ -4,7 +4,8 @@ With ``context_features=0`` a conditioner ignores any context, so that a chain c
 with and without; otherwise it insists on one of that width.
 """
 
+from flows.nets.autoencoder import ConvDecoder, ConvEncoder
 from flows.nets.convnet import ConvNet
 from flows.nets.mlp import MLP
 
-__all__ = ["MLP", "ConvNet"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "ConvNet"]
