@@ -5,6 +5,7 @@ with and without; otherwise it insists on one of that width.
 """
 
 from flows.nets.convnet import ConvNet
+from flows.nets.labels import OneHot
 from flows.nets.mlp import MLP
 
-__all__ = ["MLP", "ConvNet"]
+__all__ = ["MLP", "ConvNet", "OneHot"]
