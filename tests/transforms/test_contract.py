@@ -141,6 +141,12 @@ CASES = {
     "spline coupling, images": Case(lambda: SplineCoupling(3, CONV_NET, **SPLINE), reals(3, 2, 2)),
     "elementwise spline": Case(lambda: ElementwiseSpline(3, **SPLINE), reals(3)),
     "elementwise spline, images": Case(lambda: ElementwiseSpline(3, **SPLINE), reals(3, 2, 2)),
+    "elementwise spline, context": Case(
+        lambda: ElementwiseSpline(3, net=CONTEXT_NET, **SPLINE), reals(3), "used"
+    ),
+    "elementwise spline, images, context": Case(
+        lambda: ElementwiseSpline(3, net=CONTEXT_NET, **SPLINE), reals(3, 2, 2), "used"
+    ),
     "empirical cdf": Case(lambda: fitted(3), unit(3)),
     "empirical cdf, images": Case(lambda: fitted(2, 2, 2), unit(2, 2, 2)),
     # The logits of [a, 1 - a] are a bounded interval, all that forward accepts again.
