@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from flows.nets import MLP, ConvNet, OneHot
+from flows.nets import MADE, MLP, ConvNet, OneHot
 
 
 def randomized(net: nn.Module) -> nn.Module:
@@ -16,6 +16,8 @@ NETS = {
     "mlp": (lambda: MLP(3, 5, hidden_features=8), (4, 3), (4, 5)),
     "mlp, no blocks": (lambda: MLP(3, 5, hidden_features=8, blocks=0), (4, 3), (4, 5)),
     "mlp, one feature": (lambda: MLP(1, 1, hidden_features=1), (4, 1), (4, 1)),
+    "made": (lambda: MADE(3, 5, hidden_features=8), (4, 3), (4, 3, 5)),
+    "made, no blocks": (lambda: MADE(2, 1, hidden_features=2, blocks=0), (4, 2), (4, 2, 1)),
     "convnet": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 6, 2), (4, 5, 6, 2)),
     "convnet, one pixel": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 1, 1), (4, 5, 1, 1)),
 }
@@ -55,7 +57,9 @@ def test_options_shape_the_layers(net):
     assert len(list(MLP(2, 4, blocks=5).blocks)) == 5
 
 
-@pytest.mark.parametrize(("net", "shape"), [(MLP, (64, 2)), (ConvNet, (64, 2, 2, 2))])
+@pytest.mark.parametrize(
+    ("net", "shape"), [(MLP, (64, 2)), (MADE, (64, 2)), (ConvNet, (64, 2, 2, 2))]
+)
 def test_dropout_acts_in_training_only(net, shape):
     made, inputs = randomized(net(2, 3, hidden_features=8, dropout=0.5)), torch.randn(shape)
     assert not torch.equal(made(inputs), made(inputs))
@@ -70,10 +74,10 @@ def test_mlp_reads_every_feature_of_the_context():
     assert (context.grad != 0).all()
 
 
-@pytest.mark.parametrize("net", [MLP, ConvNet])
+@pytest.mark.parametrize("net", [MLP, MADE, ConvNet])
 @pytest.mark.parametrize("context", [None, torch.zeros(4, 1), torch.zeros(4, 3), torch.zeros(2)])
 def test_context_of_another_size_is_refused(net, context):
-    inputs = torch.zeros(4, 2) if net is MLP else torch.zeros(4, 2, 2, 2)
+    inputs = torch.zeros(4, 2, 2, 2) if net is ConvNet else torch.zeros(4, 2)
     with pytest.raises(ValueError, match="^context must have 2 features, got "):
         net(2, 3, context_features=2)(inputs, context)
 
@@ -101,6 +105,9 @@ def test_a_function_of_the_context_alone():
         (MLP, {"hidden_features": -1}),
         (MLP, {"blocks": -1}),
         (MLP, {"context_features": -1}),
+        (MADE, {"hidden_features": 1}),
+        (MADE, {"blocks": -1}),
+        (MADE, {"context_features": -1}),
         (ConvNet, {"hidden_features": 0}),
         (ConvNet, {"hidden_features": -1}),
     ],
