@@ -1,6 +1,10 @@
 """Invertible layers, each an nflows ``Transform``."""
 
 from flows.transforms.actnorm import ActNorm
+from flows.transforms.autoregressive import (
+    MaskedAutoregressiveAffine,
+    MaskedAutoregressiveSpline,
+)
 from flows.transforms.base import InputOutsideDomain, InverseNotAvailable, Transform
 from flows.transforms.composite import Composite
 from flows.transforms.coupling import AffineCoupling, Coupling, SplineCoupling
@@ -24,6 +28,8 @@ __all__ = [
     "InputOutsideDomain",
     "InverseNotAvailable",
     "Logit",
+    "MaskedAutoregressiveAffine",
+    "MaskedAutoregressiveSpline",
     "Multiscale",
     "Rotation",
     "Rotation1x1",

@@ -13,6 +13,7 @@ __all__ = [
     "Transform",
     "check_features",
     "check_unit_interval",
+    "check_vectors",
     "preserves_volume",
     "sum_features",
 ]
@@ -31,6 +32,13 @@ def check_features(inputs: Tensor, features: int, *, axis: int = 1) -> None:
     if inputs.ndim < 2 or inputs.shape[axis] != features:
         shape = tuple(inputs.shape)
         raise ValueError(f"inputs must have {features} features on axis {axis}, got {shape}.")
+
+
+def check_vectors(inputs: Tensor, features: int) -> None:
+    """Refuse inputs that are not (batch, features)."""
+    check_features(inputs, features)
+    if inputs.ndim != 2:
+        raise ValueError(f"inputs must be vectors (batch, {features}), got {tuple(inputs.shape)}.")
 
 
 def check_unit_interval(inputs: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
 from flows import givens, transforms
-from flows.nets import MLP, ConvNet
+from flows.nets import MADE, MLP, ConvNet
 from flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -33,6 +33,8 @@ from flows.transforms import (
     EmpiricalCDF,
     HouseholderRotation,
     Logit,
+    MaskedAutoregressiveAffine,
+    MaskedAutoregressiveSpline,
     Multiscale,
     Rotation,
     Rotation1x1,
@@ -47,6 +49,8 @@ ROWS = 3
 CONTEXT = 2  # features of the context
 MLP_NET = partial(MLP, hidden_features=4, blocks=1)
 CONTEXT_NET = partial(MLP, hidden_features=4, blocks=1, context_features=CONTEXT)
+MASKED_NET = partial(MADE, hidden_features=6, blocks=1)
+CONTEXT_MASKED_NET = partial(MADE, hidden_features=6, blocks=1, context_features=CONTEXT)
 CONV_NET = partial(ConvNet, hidden_features=3)
 CONTEXT_CONV_NET = partial(ConvNet, hidden_features=3, context_features=CONTEXT)
 SPLINE = {"bins": 3, "tail_bound": 2.0}
@@ -141,6 +145,29 @@ CASES = {
     "spline coupling, images": Case(lambda: SplineCoupling(3, CONV_NET, **SPLINE), reals(3, 2, 2)),
     "elementwise spline": Case(lambda: ElementwiseSpline(3, **SPLINE), reals(3)),
     "elementwise spline, images": Case(lambda: ElementwiseSpline(3, **SPLINE), reals(3, 2, 2)),
+    "elementwise spline, context": Case(
+        lambda: ElementwiseSpline(3, net=CONTEXT_NET, **SPLINE), reals(3), "used"
+    ),
+    "elementwise spline, images, context": Case(
+        lambda: ElementwiseSpline(3, net=CONTEXT_NET, **SPLINE), reals(3, 2, 2), "used"
+    ),
+    "masked affine": Case(lambda: MaskedAutoregressiveAffine(4, MASKED_NET), reals(4)),
+    "masked affine, reverse": Case(
+        lambda: MaskedAutoregressiveAffine(5, MASKED_NET, reverse=True), reals(5)
+    ),
+    "masked affine, one feature": Case(
+        lambda: MaskedAutoregressiveAffine(1, CONTEXT_MASKED_NET), reals(1), "used"
+    ),
+    "masked affine, context": Case(
+        lambda: MaskedAutoregressiveAffine(3, CONTEXT_MASKED_NET), reals(3), "used"
+    ),
+    "masked spline": Case(lambda: MaskedAutoregressiveSpline(3, MASKED_NET, **SPLINE), reals(3)),
+    "masked spline, reverse": Case(
+        lambda: MaskedAutoregressiveSpline(4, MASKED_NET, reverse=True, **SPLINE), reals(4)
+    ),
+    "masked spline, context": Case(
+        lambda: MaskedAutoregressiveSpline(3, CONTEXT_MASKED_NET, **SPLINE), reals(3), "used"
+    ),
     "empirical cdf": Case(lambda: fitted(3), unit(3)),
     "empirical cdf, images": Case(lambda: fitted(2, 2, 2), unit(2, 2, 2)),
     # The logits of [a, 1 - a] are a bounded interval, all that forward accepts again.
@@ -314,7 +341,7 @@ def test_inputs_are_not_modified(case, direction):
 def test_layout_in_memory_makes_no_difference(case, direction):
     transform = build(case)
     inputs, context = arguments(case, transform, direction)
-    strided = inputs.movedim(0, -1).contiguous().movedim(-1, 0)
+    strided = inputs.movedim(0, -1).repeat_interleave(2, dim=-1)[..., ::2].movedim(-1, 0)
     assert not strided.is_contiguous()
     expected = apply(transform, direction, inputs, context)
     results = apply(transform, direction, strided, context)
