@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from flows.nets import MADE, MLP, ConvNet
+from flows.nets import MADE, MLP, ConvNet, OneHot
 
 
 def randomized(net: nn.Module) -> nn.Module:
@@ -117,3 +117,40 @@ def test_bad_arguments_are_refused(net, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"^{name} must .*, got "):
         net(2, 3, **options)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_one_hot_has_a_row_per_label(kind):
+    labels = torch.tensor([2, 0, 3, 0], dtype=kind)
+    expected = torch.eye(4)[[2, 0, 3, 0]]
+    assert torch.equal(OneHot(4)(labels), expected)
+    assert OneHot(4)(labels[:0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_hot_follows_the_dtype_of_the_module(dtype):
+    net = OneHot(2).to(dtype)
+    assert net(torch.tensor([1])).dtype == dtype and not net.state_dict()
+    assert OneHot(2)(torch.tensor([1])).dtype == torch.get_default_dtype()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 3]), "labels must be 0 to 2, got 0 to 3"),
+        (torch.tensor([-1, 2]), "labels must be 0 to 2, got -1 to 2"),
+        (torch.tensor([0.0, 1.0]), r"integers of shape \(batch,\), got torch.float32 \(2,\)"),
+        (torch.tensor([True]), r"integers of shape \(batch,\), got torch.bool \(1,\)"),
+        (torch.tensor([[0, 1]]), r"integers of shape \(batch,\), got torch.int64 \(1, 2\)"),
+        (torch.tensor(1), r"integers of shape \(batch,\), got torch.int64 \(\)"),
+    ],
+    ids=str,
+)
+def test_one_hot_refuses_other_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        OneHot(3)(labels)
+
+
+def test_one_hot_needs_a_class():
+    with pytest.raises(ValueError, match="^classes must be at least 1, got 0"):
+        OneHot(0)

@@ -6,8 +6,10 @@ With ``context_features=0`` a conditioner ignores any context, so that a chain c
 with and without; otherwise it insists on one of that width.
 """
 
+from flows.nets.autoencoder import ConvDecoder, ConvEncoder
 from flows.nets.convnet import ConvNet
+from flows.nets.labels import OneHot
 from flows.nets.made import MADE
 from flows.nets.mlp import MLP
 
-__all__ = ["MADE", "MLP", "ConvNet"]
+__all__ = ["MADE", "MLP", "ConvDecoder", "ConvEncoder", "ConvNet", "OneHot"]

@@ -4,6 +4,7 @@
 ``(outputs, logabsdet)`` with logabsdet a fresh dense tensor of shape (batch,), in nats.
 """
 
+import torch
 from nflows.transforms.base import InputOutsideDomain, InverseNotAvailable, Transform
 from torch import Tensor
 
@@ -11,6 +12,7 @@ __all__ = [
     "InputOutsideDomain",
     "InverseNotAvailable",
     "Transform",
+    "bounded",
     "check_features",
     "check_unit_interval",
     "check_vectors",
@@ -47,6 +49,11 @@ def check_unit_interval(inputs: Tensor) -> None:
         raise InputOutsideDomain(
             f"inputs must lie in [0, 1], got {inputs.min():.4g} to {inputs.max():.4g}."
         )
+
+
+def bounded(values: Tensor, bound: float) -> Tensor:
+    """Values squeezed smoothly into (-bound, bound): bound * tanh(value / bound)."""
+    return bound * torch.tanh(values / bound)
 
 
 def sum_features(values: Tensor) -> Tensor:

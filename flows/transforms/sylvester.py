@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from flows import givens
 from flows.checks import check_at_least
-from flows.orthogonal_base import OrthogonalBase, starts_at_random
+from flows.orthogonal_base import OrthogonalBase
 from flows.transforms.base import Transform, check_vectors
+from flows.transforms.per_sample import schedule_from_zero
 
 __all__ = ["Sylvester"]
 
@@ -76,14 +77,9 @@ class Sylvester(OrthogonalBase, Transform):
             raise ValueError(f"rank must be from 1 to {features}, got {rank}.")
         if schedule is None:
             schedule = givens.hurwitz(features).frame(rank)
-        if schedule.dim != features or starts_at_random(schedule):
-            raise ValueError(
-                f"schedule must have dimension {features} and not be made by cosine_sine, "
-                f"got {schedule}."
-            )
         self.features = features
         self.rank = rank
-        self.schedule = schedule
+        self.schedule = schedule_from_zero(features, schedule)
         above = rank * (rank - 1) // 2
         self.sizes = (schedule.num_angles, above, above, rank, rank, rank)
         self.net = None if net is None else net(0, sum(self.sizes))
