@@ -15,8 +15,8 @@ from flows.transforms.per_sample import schedule_from_zero
 
 __all__ = ["Sylvester"]
 
-# Bound of the log-diagonals, in nats, and the steps of Newton's method that suffice with it:
-# from 5 on only rounding is left (6 at a bound of 3, 10 at 8).
+# Bound of the log-diagonals, in nats, and steps of Newton's method: with this bound nothing but
+# rounding is left after 5 (with a bound of 3 after 6, of 8 after 10).
 BOUND = 2.0
 STEPS = 6
 
@@ -25,20 +25,19 @@ class Sylvester(OrthogonalBase, Transform):
     r"""Residual map in a subspace: :math:`y = x + Q R \tanh(\tilde R\, Q^T x + b)`.
 
     The columns of Q are orthonormal: the first ``rank`` columns of a fixed random orthogonal
-    matrix times a rotation by learned angles. R and :math:`\tilde R` are upper triangular of
-    diagonals r and :math:`\tilde r`. The Jacobian has the determinant
+    matrix times a rotation by learned angles. R and :math:`\tilde R` are upper triangular with
+    diagonals r and :math:`\tilde r`. The determinant of the Jacobian is
     :math:`\prod_i (1 + \tanh'_i r_i \tilde r_i)`, and as :math:`0 < \tanh' \le 1` the map is
     invertible wherever :math:`r_i \tilde r_i > -1`. Here :math:`1 + r_i \tilde r_i = e^{s_i}`
-    and :math:`\tilde r_i = e^{a_i}` (the sign of :math:`\tilde r_i` can be moved to r), and s and a
-    are kept within (-2, 2), so every factor of the determinant lies between
-    :math:`e^{-2}` and :math:`e^2`. Entries above the diagonals are parameters over
-    :math:`\sqrt{\mathrm{rank}}`, or large triangles would soon be ill-conditioned. The layer
-    starts as the identity.
+    with s within (-2, 2), so every factor lies between :math:`e^{-2}` and :math:`e^2`; also
+    :math:`\tilde r_i = e^{a_i}`, as its sign can be moved to r, with a within (-2, 2). Entries
+    above the diagonals are parameters over :math:`\sqrt{\mathrm{rank}}`: large triangles would
+    otherwise be ill-conditioned. The layer starts as the identity.
 
     The inverse is numeric but always found. In the subspace the equations are triangular, and
     each is :math:`t + p \tanh t = c` with p > -1, which Newton's method solves to rounding
-    from the side where it cannot overshoot. ``forward(inverse(y))`` is y up to some 30 units
-    of rounding (4e-6 in float32, 7e-15 in float64) of the largest of 1, :math:`|y|` and the
+    from the side where it cannot overshoot. ``forward(inverse(y))`` is y up to 30 units of
+    rounding (4e-6 in float32, 7e-15 in float64) of the largest of 1, :math:`|y|` and the
     entries of :math:`|R| |\tilde R| |Q^T x|`; the other way round the error is that times the
     condition of the Jacobian. Gradients through the inverse are exact, second ones included.
 
