@@ -18,6 +18,7 @@ from flows.transforms import (
     Rotation1x1,
     SplineCoupling,
     Squeeze,
+    Standardize,
 )
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Rotation1x1",
     "SplineCoupling",
     "Squeeze",
+    "Standardize",
     "bits_per_dim",
     "distributions",
     "givens",

@@ -6,5 +6,6 @@ with and without; otherwise it insists on one of that width.
 
 from flows.nets.convnet import ConvNet
 from flows.nets.mlp import MLP
+from flows.nets.standardized_context import StandardizedContext
 
-__all__ = ["MLP", "ConvNet"]
+__all__ = ["MLP", "ConvNet", "StandardizedContext"]

@@ -11,6 +11,7 @@ from flows.transforms.logit import Logit
 from flows.transforms.multiscale import Multiscale, Squeeze
 from flows.transforms.rotation import Rotation, Rotation1x1
 from flows.transforms.spline import ElementwiseSpline
+from flows.transforms.standardize import Standardize
 
 __all__ = [
     "ActNorm",
@@ -29,5 +30,6 @@ __all__ = [
     "Rotation1x1",
     "SplineCoupling",
     "Squeeze",
+    "Standardize",
     "Transform",
 ]

@@ -4,6 +4,7 @@
 ``(outputs, logabsdet)`` with logabsdet a fresh dense tensor of shape (batch,), in nats.
 """
 
+import torch
 from nflows.transforms.base import InputOutsideDomain, InverseNotAvailable, Transform
 from torch import Tensor
 
@@ -13,6 +14,7 @@ __all__ = [
     "Transform",
     "check_features",
     "check_unit_interval",
+    "mean_and_deviation",
     "preserves_volume",
     "sum_features",
 ]
@@ -39,6 +41,20 @@ def check_unit_interval(inputs: Tensor) -> None:
         raise InputOutsideDomain(
             f"inputs must lie in [0, 1], got {inputs.min():.4g} to {inputs.max():.4g}."
         )
+
+
+def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of each feature on axis 1 of a first batch, in float64; shape (features,).
+
+    The deviation of a constant feature is 1, so that dividing by it keeps the scale.
+    """
+    columns = inputs.movedim(1, 0).flatten(1).double()
+    mean, deviation = columns.mean(1), columns.std(1, correction=0)
+    if not (mean.isfinite().all() and deviation.isfinite().all()):
+        raise ValueError("the first batch must be finite, got NaN or infinity.")
+    # A constant feature deviates by no more than rounding.
+    rounding = 8 * torch.finfo(inputs.dtype).eps * mean.abs()
+    return mean, torch.where(deviation > rounding, deviation, 1.0)
 
 
 def sum_features(values: Tensor) -> Tensor:
