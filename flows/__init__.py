@@ -27,6 +27,7 @@ from flows.transforms import (
     SVDCoupling,
     SVDLinear,
     Sylvester,
+    Standardize,
 )
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "SplineCoupling",
     "Squeeze",
     "Sylvester",
+    "Standardize",
     "bits_per_dim",
     "distributions",
     "givens",

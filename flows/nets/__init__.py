@@ -11,5 +11,7 @@ from flows.nets.convnet import ConvNet
 from flows.nets.labels import OneHot
 from flows.nets.made import MADE
 from flows.nets.mlp import MLP
+from flows.nets.standardized_context import StandardizedContext
 
 __all__ = ["MADE", "MLP", "ConvDecoder", "ConvEncoder", "ConvNet", "OneHot"]
+__all__ = ["MLP", "ConvNet", "StandardizedContext"]

@@ -26,6 +26,7 @@ from flows.transforms.spline import ElementwiseSpline
 from flows.transforms.svd_coupling import SVDCoupling
 from flows.transforms.svd_linear import SVDLinear
 from flows.transforms.sylvester import Sylvester
+from flows.transforms.standardize import Standardize
 
 __all__ = [
     "ActNorm",
@@ -53,5 +54,6 @@ __all__ = [
     "SplineCoupling",
     "Squeeze",
     "Sylvester",
+    "Standardize",
     "Transform",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "check_features",
     "check_unit_interval",
     "check_vectors",
+    "mean_and_deviation",
     "preserves_volume",
     "sum_features",
 ]
@@ -54,6 +55,18 @@ def check_unit_interval(inputs: Tensor) -> None:
 def bounded(values: Tensor, bound: float) -> Tensor:
     """Values squeezed smoothly into (-bound, bound): bound * tanh(value / bound)."""
     return bound * torch.tanh(values / bound)
+def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of each feature on axis 1 of a first batch, in float64; shape (features,).
+
+    The deviation of a constant feature is 1, so that dividing by it keeps the scale.
+    """
+    columns = inputs.movedim(1, 0).flatten(1).double()
+    mean, deviation = columns.mean(1), columns.std(1, correction=0)
+    if not (mean.isfinite().all() and deviation.isfinite().all()):
+        raise ValueError("the first batch must be finite, got NaN or infinity.")
+    # A constant feature deviates by no more than rounding.
+    rounding = 8 * torch.finfo(inputs.dtype).eps * mean.abs()
+    return mean, torch.where(deviation > rounding, deviation, 1.0)
 
 
 def sum_features(values: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from flows.transforms import (
     SVDCoupling,
     SVDLinear,
     Sylvester,
+    Standardize,
     Transform,
 )
 from flows.transforms.base import preserves_volume
@@ -88,6 +89,12 @@ def levels(*shape: int, grey_levels: int) -> Callable[[int], Tensor]:
 def fitted(*shape: int) -> EmpiricalCDF:
     transform = EmpiricalCDF(shape, bins=4).double()
     transform(torch.rand(50, *shape, dtype=torch.float64) ** 2)
+    return transform
+
+
+def standardized(*shape: int) -> Standardize:
+    transform = Standardize(shape[0]).double()
+    transform(3 * torch.randn(20, *shape, dtype=torch.float64) + 1)
     return transform
 
 
@@ -267,6 +274,8 @@ CASES = {
         stochastic=True,
         any_shape=True,
     ),
+    "standardize": Case(lambda: standardized(3), reals(3)),
+    "standardize, images": Case(lambda: standardized(3, 2, 2), reals(3, 2, 2)),
     "squeeze": Case(Squeeze, reals(2, 4, 2), any_shape=True, keeps_shape=False),
     "multiscale": Case(image_levels, reals(1, 4, 8), keeps_shape=False),
     "composite": Case(vector_steps, reals(3), "used"),
