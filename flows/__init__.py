@@ -24,10 +24,10 @@ from flows.transforms import (
     RotationCoupling,
     SplineCoupling,
     Squeeze,
+    Standardize,
     SVDCoupling,
     SVDLinear,
     Sylvester,
-    Standardize,
 )
 
 __version__ = "0.1.0"
@@ -55,8 +55,8 @@ __all__ = [
     "SVDLinear",
     "SplineCoupling",
     "Squeeze",
-    "Sylvester",
     "Standardize",
+    "Sylvester",
     "bits_per_dim",
     "distributions",
     "givens",

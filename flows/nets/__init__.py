@@ -13,5 +13,4 @@ from flows.nets.made import MADE
 from flows.nets.mlp import MLP
 from flows.nets.standardized_context import StandardizedContext
 
-__all__ = ["MADE", "MLP", "ConvDecoder", "ConvEncoder", "ConvNet", "OneHot"]
-__all__ = ["MLP", "ConvNet", "StandardizedContext"]
+__all__ = ["MADE", "MLP", "ConvDecoder", "ConvEncoder", "ConvNet", "OneHot", "StandardizedContext"]

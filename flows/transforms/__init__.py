@@ -23,10 +23,10 @@ from flows.transforms.multiscale import Multiscale, Squeeze
 from flows.transforms.rotation import Rotation, Rotation1x1
 from flows.transforms.rotation_coupling import RotationCoupling
 from flows.transforms.spline import ElementwiseSpline
+from flows.transforms.standardize import Standardize
 from flows.transforms.svd_coupling import SVDCoupling
 from flows.transforms.svd_linear import SVDLinear
 from flows.transforms.sylvester import Sylvester
-from flows.transforms.standardize import Standardize
 
 __all__ = [
     "ActNorm",
@@ -53,7 +53,7 @@ __all__ = [
     "SVDLinear",
     "SplineCoupling",
     "Squeeze",
-    "Sylvester",
     "Standardize",
+    "Sylvester",
     "Transform",
 ]

@@ -55,6 +55,8 @@ def check_unit_interval(inputs: Tensor) -> None:
 def bounded(values: Tensor, bound: float) -> Tensor:
     """Values squeezed smoothly into (-bound, bound): bound * tanh(value / bound)."""
     return bound * torch.tanh(values / bound)
+
+
 def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Statistics of each feature on axis 1 of a first batch, in float64; shape (features,).
 

@@ -44,10 +44,10 @@ from flows.transforms import (
     RotationCoupling,
     SplineCoupling,
     Squeeze,
+    Standardize,
     SVDCoupling,
     SVDLinear,
     Sylvester,
-    Standardize,
     Transform,
 )
 from flows.transforms.base import preserves_volume
