@@ -2,5 +2,6 @@
 
 from flows.recipes.glow import Glow
 from flows.recipes.rotation_spline import RotationSplineFlow
+from flows.recipes.sylvester_vae import SylvesterVAE
 
-__all__ = ["Glow", "RotationSplineFlow"]
+__all__ = ["Glow", "RotationSplineFlow", "SylvesterVAE"]
