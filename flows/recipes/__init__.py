@@ -4,10 +4,9 @@ from flows.recipes.gaussianization import GaussianizationFlow
 from flows.recipes.glow import Glow
 from flows.recipes.masked_spline import MaskedSplineFlow
 from flows.recipes.rotation_spline import RotationSplineFlow
+from flows.recipes.spline_coupling import SplineCouplingFlow
 from flows.recipes.sylvester_vae import SylvesterVAE
 
-__all__ = ["Glow", "RotationSplineFlow", "SylvesterVAE"]
-from flows.recipes.spline_coupling import SplineCouplingFlow
 
 __all__ = [
     "GaussianizationFlow",
@@ -15,4 +14,5 @@ __all__ = [
     "MaskedSplineFlow",
     "RotationSplineFlow",
     "SplineCouplingFlow",
+    "SylvesterVAE",
 ]
