@@ -88,21 +88,25 @@ class Batches(EpochLoader):
 class DataModule(LightningDataModule):
     """Tensors split into train, val and test, and what training needs to know of them.
 
-    A subclass sets ``shape`` and, where they exist, ``density`` and ``grey_levels``,
-    and fills ``splits`` in ``setup``.
+    A subclass sets ``shape`` and, where they exist, the other attributes, and fills
+    ``splits`` in ``setup``.
 
     Attributes:
         shape: Shape of one sample.
         density: The law of the data, if known, with ``log_prob``; training then logs val/kl.
         grey_levels: For images, the number L of grey levels: pixels are ``k / L``,
             k = 0 ... L-1, the lower edges of bins in [0, 1); training then logs bits/dim.
+        classes: Number of classes, if the splits hold labels: int64 (rows,), 0 ... classes-1.
+        context_features: Number of context columns, if the splits hold a context of numbers.
         splits: ``"train"``, ``"val"``, ``"test"`` to a tuple of tensors, inputs first,
-            context (if any) second.
+            labels or context (if any) second.
     """
 
     shape: tuple[int, ...]
     density = None
     grey_levels: int | None = None
+    classes: int | None = None
+    context_features: int | None = None
 
     def __init__(self, *, batch_size: int, seed: int = 0) -> None:
         super().__init__()

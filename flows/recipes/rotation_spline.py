@@ -5,8 +5,8 @@ from functools import partial
 from flows.checks import check_at_least
 from flows.distributions import Normal
 from flows.flow import Flow
-from flows.nets import MLP
-from flows.transforms import ActNorm, Composite, Rotation, SplineCoupling
+from flows.nets import MLP, StandardizedContext
+from flows.transforms import ActNorm, Composite, Rotation, SplineCoupling, Standardize
 
 __all__ = ["RotationSplineFlow"]
 
@@ -15,7 +15,8 @@ class RotationSplineFlow(Flow):
     """Layers of a rotation and a rational-quadratic spline coupling, for vectors.
 
     The rotations start at random orthogonal matrices and learn how to mix; the couplings
-    bend. A leading ActNorm brings the data to the splines' interval.
+    bend. A leading Standardize brings the data to the splines' interval, so data, context and
+    samples keep their own units.
 
     Args:
         features: Size of the vectors, at least 2.
@@ -51,10 +52,11 @@ class RotationSplineFlow(Flow):
             blocks=blocks,
             context_features=context_features,
         )
-        transforms = [ActNorm(features)]
+        transforms = [Standardize(features), ActNorm(features)]
         for _ in range(layers):
             transforms += [
                 Rotation(features, init="haar"),
                 SplineCoupling(features, net, bins=bins, tail_bound=tail_bound),
             ]
-        super().__init__(Composite(transforms), Normal(features))
+        embedding_net = StandardizedContext(context_features) if context_features else None
+        super().__init__(Composite(transforms), Normal(features), embedding_net)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.checks import check_at_least
-from flows.transforms.base import Transform, check_features
+from flows.transforms.base import Transform, check_features, mean_and_deviation
 
 __all__ = ["ActNorm"]
 
@@ -59,14 +59,9 @@ class ActNorm(Transform):
     def _initialize(self, inputs: Tensor) -> None:
         if len(inputs) == 0:
             return
-        columns = inputs.movedim(1, 0).flatten(1).double()
-        mean, deviation = columns.mean(1), columns.std(1, correction=0)
-        if not (mean.isfinite().all() and deviation.isfinite().all()):
-            raise ValueError("the first batch of an ActNorm must be finite, got NaN or infinity.")
-        # A constant feature deviates by no more than rounding.
-        log_scale = torch.where(deviation > 1e-6 * mean.abs(), -deviation.log(), 0.0)
-        self.log_scale.copy_(log_scale)
-        self.shift.copy_(-mean * log_scale.exp())
+        mean, deviation = mean_and_deviation(inputs)
+        self.log_scale.copy_(-deviation.log())
+        self.shift.copy_(-mean / deviation)
         self.initialized.fill_(True)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@
 ``(outputs, logabsdet)`` with logabsdet a fresh dense tensor of shape (batch,), in nats.
 """
 
+import torch
 from nflows.transforms.base import InputOutsideDomain, InverseNotAvailable, Transform
 from torch import Tensor
 
@@ -11,8 +12,11 @@ __all__ = [
     "InputOutsideDomain",
     "InverseNotAvailable",
     "Transform",
+    "bounded",
     "check_features",
     "check_unit_interval",
+    "check_vectors",
+    "mean_and_deviation",
     "preserves_volume",
     "sum_features",
 ]
@@ -33,12 +37,38 @@ def check_features(inputs: Tensor, features: int, *, axis: int = 1) -> None:
         raise ValueError(f"inputs must have {features} features on axis {axis}, got {shape}.")
 
 
+def check_vectors(inputs: Tensor, features: int) -> None:
+    """Refuse inputs that are not (batch, features)."""
+    check_features(inputs, features)
+    if inputs.ndim != 2:
+        raise ValueError(f"inputs must be vectors (batch, {features}), got {tuple(inputs.shape)}.")
+
+
 def check_unit_interval(inputs: Tensor) -> None:
     """Refuse inputs outside [0, 1], NaN included."""
     if inputs.numel() and not (inputs.min() >= 0 and inputs.max() <= 1):
         raise InputOutsideDomain(
             f"inputs must lie in [0, 1], got {inputs.min():.4g} to {inputs.max():.4g}."
         )
+
+
+def bounded(values: Tensor, bound: float) -> Tensor:
+    """Values squeezed smoothly into (-bound, bound): bound * tanh(value / bound)."""
+    return bound * torch.tanh(values / bound)
+
+
+def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of each feature on axis 1 of a first batch, in float64; shape (features,).
+
+    The deviation of a constant feature is 1, so that dividing by it keeps the scale.
+    """
+    columns = inputs.movedim(1, 0).flatten(1).double()
+    mean, deviation = columns.mean(1), columns.std(1, correction=0)
+    if not (mean.isfinite().all() and deviation.isfinite().all()):
+        raise ValueError("the first batch must be finite, got NaN or infinity.")
+    # A constant feature deviates by no more than rounding.
+    rounding = 8 * torch.finfo(inputs.dtype).eps * mean.abs()
+    return mean, torch.where(deviation > rounding, deviation, 1.0)
 
 
 def sum_features(values: Tensor) -> Tensor:
