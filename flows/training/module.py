@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
-from flows.flow import Flow
+from flows.flow import check_density_model
 from flows.objectives import bits_per_dim
 from flows.training.averaging import ParameterAverage
 from flows.training.guard import guarded_log_prob, non_finite_gradient
@@ -26,7 +26,7 @@ class DensityEstimator(LightningModule):
     ``.../bits_per_dim``; ``test/kl_error`` is the standard error of ``test/kl``.
 
     Args:
-        flow: The flow to train.
+        flow: A Flow, or another module with its forward, ``log_prob`` and ``sample``.
         lr: Peak learning rate.
         warmup_steps: Steps in which the learning rate rises from zero.
         weight_decay: Decoupled weight decay of the conditioners' weight matrices; angles,
@@ -43,7 +43,7 @@ class DensityEstimator(LightningModule):
 
     def __init__(
         self,
-        flow: Flow,
+        flow: nn.Module,
         *,
         lr: float = 1e-3,
         warmup_steps: int = 100,
@@ -54,6 +54,7 @@ class DensityEstimator(LightningModule):
         initial_rows: int = 2048,
     ) -> None:
         super().__init__()
+        check_density_model(flow)
         check_positive(lr=lr)
         check_at_least(
             0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows

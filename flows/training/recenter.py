@@ -3,7 +3,7 @@
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from flows.training.averaging import ParameterAverage
 
@@ -33,7 +33,7 @@ class Recenter(Callback):
         layers = recentered_layers(pl_module)
         for layer in layers:
             layer.recenter()
-        moved = {id(layer.raw_angles) for layer in layers}
+        moved = {id(p) for layer in layers for p in _raw_angles(layer)}
         for optimizer in trainer.optimizers:
             for parameter in [p for p in optimizer.state if id(p) in moved]:
                 # Without state an optimizer starts a parameter as in its first step.
@@ -45,9 +45,12 @@ class Recenter(Callback):
 
 
 def recentered_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers with ``recenter()`` and ``raw_angles`` of their own."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "recenter") and isinstance(getattr(module, "raw_angles", None), Tensor)
-    ]
+    """The outermost modules with ``recenter()``, which see to their parts themselves."""
+    found = [module for module in model.modules() if hasattr(module, "recenter")]
+    parts = {id(part) for module in found for part in module.modules() if part is not module}
+    return [module for module in found if id(module) not in parts]
+
+
+def _raw_angles(layer: nn.Module) -> list[nn.Parameter]:
+    named = layer.named_parameters()
+    return [p for name, p in named if name.rpartition(".")[2] == "raw_angles"]

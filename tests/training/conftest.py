@@ -1,6 +1,7 @@
 """Trainings of a few steps without the command line."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,18 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from datasets.toy import TwoMoons
-from flows import Flow
-from flows.recipes import RotationSplineFlow
+from flows import ActNorm, Composite, Flow, Rotation, SplineCoupling
+from flows.distributions import Normal
+from flows.nets import MLP
 from flows.training import DensityEstimator, EpochSeed
 
 
 def small_flow() -> Flow:
-    return RotationSplineFlow(2, layers=2, hidden_features=8, blocks=0, bins=4)
+    net = partial(MLP, hidden_features=8, blocks=0)
+    layers = [ActNorm(2)]
+    for _ in range(2):
+        layers += [Rotation(2, init="haar"), SplineCoupling(2, net, bins=4)]
+    return Flow(Composite(layers), Normal(2))
 
 
 @pytest.fixture

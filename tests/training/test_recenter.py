@@ -1,14 +1,16 @@
 """Recentering during training: the maps stay, what was learned about the angles starts anew."""
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from flows import ActNorm, Composite, Flow, Rotation, Rotation1x1, givens
+from flows import ActNorm, Composite, Flow, Rotation, Rotation1x1, SVDLinear, givens
 from flows.distributions import Normal
 from flows.training import DensityEstimator
 from flows.training.averaging import ParameterAverage
-from flows.training.recenter import recentered_layers
+from flows.training.recenter import Recenter, recentered_layers
 
 
 def average_of(trainer: pl.Trainer) -> ParameterAverage | None:
@@ -114,9 +116,26 @@ def test_a_resumed_run_recenters_as_the_whole_one(fit, tmp_path, epoch, schedule
         assert torch.equal(resumed[name], value), name
 
 
-def test_a_layer_that_passes_it_on_is_recentered_once():
-    flow = Flow(Rotation1x1(3), Normal((3, 2, 2)))
-    assert recentered_layers(flow) == [flow.transform.rotation]
+def test_a_layer_with_rotations_inside_is_recentered_once():
+    layers = [Rotation1x1(3), SVDLinear(3), Rotation(3)]
+    assert recentered_layers(Flow(Composite([ActNorm(3), *layers]), Normal(3))) == layers
+
+
+@pytest.mark.parametrize("layer", [Rotation1x1, SVDLinear])
+def test_the_angles_inside_a_layer_start_anew(layer):
+    flow = Flow(layer(3), Normal(3))
+    model = DensityEstimator(flow)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    matrix = flow.transform.matrix().detach()
+    trainer = SimpleNamespace(current_epoch=1, optimizers=[optimizer], callbacks=[])
+    Recenter(1).on_train_batch_start(trainer, model, None, 0)
+    torch.testing.assert_close(flow.transform.matrix().detach(), matrix, rtol=0, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        angles = name.endswith("raw_angles")
+        assert (parameter == 0).all() == angles and (parameter in optimizer.state) != angles, name
 
 
 def test_a_flow_without_rotations_is_refused():
