@@ -38,6 +38,7 @@ def test(args: list[str]) -> None:
     with one_line_errors():
         cli = RunCLI(args)
         cli.datamodule.setup("test")
+        cli.model.initialize(cli.datamodule)
     print_metrics(cli.test())
 
 
