@@ -96,6 +96,16 @@ MISFITS = {
         with_attributes(Fixed(PIXELS, test=(PIXELS * 17 / 16,)), grey_levels=17),
         ["k / 17", "between 0 and 1 in its test split"],
     ),
+    "pixels between the levels": (
+        levels(17),
+        with_attributes(Fixed(PIXELS + 0.5 / 17), grey_levels=17),
+        ["k / 17"],
+    ),
+    "pixels from 1 / 17 to 1": (
+        levels(17),
+        with_attributes(Fixed(PIXELS + 1 / 17), grey_levels=17),
+        ["k / 17", "between 0.05882 and 1"],
+    ),
     "outside the range of a layer": (
         Flow(Logit(), Normal(2)),
         Fixed(X),
