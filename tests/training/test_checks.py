@@ -98,7 +98,7 @@ MISFITS = {
     ),
     "pixels between the levels": (
         levels(17),
-        with_attributes(Fixed(PIXELS + 0.5 / 17), grey_levels=17),
+        with_attributes(Fixed(0.9 * PIXELS), grey_levels=17),
         ["k / 17"],
     ),
     "pixels from 1 / 17 to 1": (

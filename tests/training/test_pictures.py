@@ -75,7 +75,7 @@ def test_a_sample_is_drawn_for_the_context_of_each_row():
             return context.unsqueeze(1).repeat_interleave(num_samples, 1)
 
     context = torch.randn(5, 2)
-    assert torch.equal(_beside(Echo(), 3, torch.zeros(5, 2), [context]), context[:3])
+    assert torch.equal(_beside(Echo(), 3, [context]), context[:3])
 
 
 def test_marginals_are_histograms_of_both():
