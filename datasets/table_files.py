@@ -89,7 +89,7 @@ def _csv_names(path: Path, delimiter: str) -> list[str]:
     for _, cells in _csv_rows(path, delimiter):
         names = [cell.strip() for cell in cells]
         positions = [str(column) for column in range(len(names))]
-        if names != positions and any(map(_is_number, names)):
+        if names != positions and all(map(_is_number, names)):
             raise ValueError(
                 f"{path}: expected column names in the first row, got {_shown(names)}."
             )
@@ -188,7 +188,7 @@ def _open_parquet(path: Path):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise ImportError(
             "Parquet files need pyarrow: pip install -c constraints.txt -e '.[tables]'"
         ) from error
     try:
