@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from datasets.base import DataModule
+from datasets.errors import one_line
 from datasets.table_files import read_columns, read_names
 
 __all__ = [
@@ -160,9 +161,9 @@ class BSDS300(UCI):
             with h5py.File(path) as file:
                 splits = tuple(file[name][:] for name in ("train", "validation", "test"))
         except (KeyError, OSError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{path}: expected an HDF5 file with train, validation and test, got: {reason}"
+                f"{path}: expected an HDF5 file with train, validation and test, "
+                f"got {one_line(error)}"
             ) from error
         for part in splits:
             _check_finite(path, part)
@@ -260,7 +261,8 @@ def _hepmass_file(path: Path) -> np.ndarray:
         data = np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(28), ndmin=2)
     except ValueError as error:
         raise ValueError(
-            f"{path}: expected a header, then rows of a label and 27 features, got: {error}"
+            f"{path}: expected a header, then rows of a label and 27 features, "
+            f"got {one_line(error)}"
         ) from error
     _check_finite(path, data)
     return data
