@@ -124,6 +124,9 @@ class ImageFolder(DataModule):
         return files | {name: _images_below(folder) for name, folder in folders.items()}
 
     def _decode(self, files: Sequence[Path]) -> Tensor:
+        from PIL import Image
+
+        Image.init()  # otherwise the first threads race to load decoders
         channels, size, _ = self.shape
         pixels = torch.empty(len(files), *self.shape, dtype=torch.uint8)
         read = partial(read_image, size=size, channels=channels)
