@@ -20,6 +20,7 @@ from flows.transforms.empirical_cdf import EmpiricalCDF
 from flows.transforms.householder import HouseholderRotation
 from flows.transforms.logit import Logit
 from flows.transforms.multiscale import Multiscale, Squeeze
+from flows.transforms.permutation import Permutation
 from flows.transforms.rotation import Rotation, Rotation1x1
 from flows.transforms.rotation_coupling import RotationCoupling
 from flows.transforms.spline import ElementwiseSpline
@@ -47,6 +48,7 @@ __all__ = [
     "MaskedAutoregressiveAffine",
     "MaskedAutoregressiveSpline",
     "Multiscale",
+    "Permutation",
     "Rotation",
     "Rotation1x1",
     "RotationCoupling",

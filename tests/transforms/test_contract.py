@@ -39,6 +39,7 @@ from flows.transforms import (
     MaskedAutoregressiveAffine,
     MaskedAutoregressiveSpline,
     Multiscale,
+    Permutation,
     Rotation,
     Rotation1x1,
     RotationCoupling,
@@ -157,6 +158,8 @@ CASES = {
     "svd linear, images, context": Case(
         lambda: SVDLinear(3, bound=1.0, net=CONTEXT_NET), reals(3, 2, 2), "used"
     ),
+    "permutation": Case(lambda: Permutation(5), reals(5)),
+    "permutation, images": Case(lambda: Permutation(5), reals(5, 2, 3)),
     "actnorm": Case(lambda: ActNorm(3), reals(3)),
     "actnorm, images": Case(lambda: ActNorm(3), reals(3, 2, 2)),
     "affine coupling": Case(lambda: AffineCoupling(4, MLP_NET), reals(4)),

@@ -9,13 +9,9 @@ from nflows.transforms.splines import unconstrained_rational_quadratic_spline
 from torch import Tensor, nn
 
 from flows.nets import MLP
+from flows.splines import rational_quadratic_spline, spline_parameters
+from flows.splines.plain import MIN_BIN, MIN_SLOPE
 from flows.transforms import ElementwiseSpline
-from flows.transforms.spline import (
-    MIN_BIN,
-    MIN_SLOPE,
-    rational_quadratic_spline,
-    spline_parameters,
-)
 
 BINS = 6
 BOUND = 3.0

@@ -1,0 +1,70 @@
+"""Spline couplings and permutations, for vectors."""
+
+from functools import partial
+
+from flows.checks import check_at_least
+from flows.distributions import Normal
+from flows.flow import Flow
+from flows.nets import MLP
+from flows.transforms import ActNorm, Composite, Permutation, SplineCoupling
+
+__all__ = ["SplineCouplingFlow"]
+
+
+class SplineCouplingFlow(Flow):
+    r"""The neural spline flow with couplings: :math:`y_1 = x_1,\ y_2 = g(x_2; \theta(x_1))`.
+
+    g is a rational-quadratic spline in every feature. Successive couplings exchange the
+    halves, so that every two of them bend every feature; a fixed random permutation after
+    them makes other halves. A leading ActNorm brings the data to the splines' interval.
+
+    Args:
+        features: Size of the vectors, at least 2.
+        layers: Couplings.
+        bins: Bins per spline.
+        tail_bound: The splines act on [-tail_bound, tail_bound].
+        hidden_features: Width of the conditioners.
+        blocks: Residual blocks of the conditioners.
+        context_features: Size of the context; 0 for none.
+        dropout: Dropout in the conditioners.
+
+    Reference:
+        Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
+
+    Example:
+        >>> flow = SplineCouplingFlow(features=3, layers=4)
+        >>> flow.sample(5).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        layers: int = 8,
+        bins: int = 8,
+        tail_bound: float = 4.0,
+        hidden_features: int = 64,
+        blocks: int = 2,
+        context_features: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        check_at_least(2, features=features)
+        check_at_least(1, layers=layers)
+        net = partial(
+            MLP,
+            hidden_features=hidden_features,
+            blocks=blocks,
+            context_features=context_features,
+            dropout=dropout,
+        )
+        transforms = [ActNorm(features)]
+        for layer in range(layers):
+            if layer and layer % 2 == 0:
+                transforms.append(Permutation(features))
+            transforms.append(
+                SplineCoupling(
+                    features, net, bins=bins, tail_bound=tail_bound, flip=layer % 2 == 1
+                )
+            )
+        super().__init__(Composite(transforms), Normal(features))
