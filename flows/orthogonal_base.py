@@ -1,4 +1,4 @@
-"""The fixed orthogonal matrix that learned angles start from: how it stays orthogonal."""
+"""What keeps angles meaningful: the schedule's name in the state, an orthogonal base matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,21 +8,50 @@ from torch import Tensor, nn
 
 from flows.givens import Schedule
 
-__all__ = ["OrthogonalBase", "check_orthogonal", "nearest_orthogonal", "starts_at_random"]
+__all__ = [
+    "NamedAngles",
+    "OrthogonalBase",
+    "check_orthogonal",
+    "nearest_orthogonal",
+    "starts_at_random",
+]
 
 
-class OrthogonalBase(nn.Module):
-    """A module whose buffer ``base`` is orthogonal in any dtype; abstract.
+class NamedAngles(nn.Module):
+    """A module whose state carries the name of what its angles mean; abstract.
 
-    Its state carries the name of what its angles mean, and weights of another name are refused.
+    Weights of another name are refused.
     """
 
-    base: Tensor
+    schedule: Schedule | None
 
     @property
     def _identity(self) -> str:
         """What the angles mean: the schedule, and whatever else changes the map."""
-        raise NotImplementedError
+        return str(self.schedule)
+
+    def get_extra_state(self) -> Tensor:
+        """The identity as bytes: a tensor, so that every weight format can hold it."""
+        return torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        name = bytes(state.tolist()).decode(errors="replace")
+        if name != self._identity:
+            raise ValueError(
+                f"these weights belong to the schedule {name}, the layer has {self._identity}."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Torch copies the parameters first: weights of another schedule must not get that far.
+        if f"{prefix}_extra_state" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class OrthogonalBase(NamedAngles):
+    """A module of named angles whose buffer ``base`` is orthogonal in any dtype; abstract."""
+
+    base: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OrthogonalBase":
         before = self.base.dtype
@@ -41,21 +70,7 @@ class OrthogonalBase(nn.Module):
         if error > 100 * torch.finfo(self.base.dtype).eps:
             self.base.copy_(nearest_orthogonal(self.base))
 
-    def get_extra_state(self) -> Tensor:
-        """The identity as bytes: a tensor, so that every weight format can hold it."""
-        return torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        name = bytes(state.tolist()).decode(errors="replace")
-        if name != self._identity:
-            raise ValueError(
-                f"these weights belong to the schedule {name}, the layer has {self._identity}."
-            )
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Torch copies the parameters first: weights of another schedule must not get that far.
-        if f"{prefix}_extra_state" in state_dict:
-            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._sharpen_base()
 

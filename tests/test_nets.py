@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from flows.nets import MLP, ConvNet
+from flows.nets import MADE, MLP, ConvNet, OneHot
 
 
 def randomized(net: nn.Module) -> nn.Module:
@@ -16,6 +16,8 @@ NETS = {
     "mlp": (lambda: MLP(3, 5, hidden_features=8), (4, 3), (4, 5)),
     "mlp, no blocks": (lambda: MLP(3, 5, hidden_features=8, blocks=0), (4, 3), (4, 5)),
     "mlp, one feature": (lambda: MLP(1, 1, hidden_features=1), (4, 1), (4, 1)),
+    "made": (lambda: MADE(3, 5, hidden_features=8), (4, 3), (4, 3, 5)),
+    "made, no blocks": (lambda: MADE(2, 1, hidden_features=2, blocks=0), (4, 2), (4, 2, 1)),
     "convnet": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 6, 2), (4, 5, 6, 2)),
     "convnet, one pixel": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 1, 1), (4, 5, 1, 1)),
 }
@@ -55,7 +57,9 @@ def test_options_shape_the_layers(net):
     assert len(list(MLP(2, 4, blocks=5).blocks)) == 5
 
 
-@pytest.mark.parametrize(("net", "shape"), [(MLP, (64, 2)), (ConvNet, (64, 2, 2, 2))])
+@pytest.mark.parametrize(
+    ("net", "shape"), [(MLP, (64, 2)), (MADE, (64, 2)), (ConvNet, (64, 2, 2, 2))]
+)
 def test_dropout_acts_in_training_only(net, shape):
     made, inputs = randomized(net(2, 3, hidden_features=8, dropout=0.5)), torch.randn(shape)
     assert not torch.equal(made(inputs), made(inputs))
@@ -70,10 +74,10 @@ def test_mlp_reads_every_feature_of_the_context():
     assert (context.grad != 0).all()
 
 
-@pytest.mark.parametrize("net", [MLP, ConvNet])
+@pytest.mark.parametrize("net", [MLP, MADE, ConvNet])
 @pytest.mark.parametrize("context", [None, torch.zeros(4, 1), torch.zeros(4, 3), torch.zeros(2)])
 def test_context_of_another_size_is_refused(net, context):
-    inputs = torch.zeros(4, 2) if net is MLP else torch.zeros(4, 2, 2, 2)
+    inputs = torch.zeros(4, 2, 2, 2) if net is ConvNet else torch.zeros(4, 2)
     with pytest.raises(ValueError, match="^context must have 2 features, got "):
         net(2, 3, context_features=2)(inputs, context)
 
@@ -101,6 +105,9 @@ def test_a_function_of_the_context_alone():
         (MLP, {"hidden_features": -1}),
         (MLP, {"blocks": -1}),
         (MLP, {"context_features": -1}),
+        (MADE, {"hidden_features": 1}),
+        (MADE, {"blocks": -1}),
+        (MADE, {"context_features": -1}),
         (ConvNet, {"hidden_features": 0}),
         (ConvNet, {"hidden_features": -1}),
     ],
@@ -110,3 +117,40 @@ def test_bad_arguments_are_refused(net, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"^{name} must .*, got "):
         net(2, 3, **options)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_one_hot_has_a_row_per_label(kind):
+    labels = torch.tensor([2, 0, 3, 0], dtype=kind)
+    expected = torch.eye(4)[[2, 0, 3, 0]]
+    assert torch.equal(OneHot(4)(labels), expected)
+    assert OneHot(4)(labels[:0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_hot_follows_the_dtype_of_the_module(dtype):
+    net = OneHot(2).to(dtype)
+    assert net(torch.tensor([1])).dtype == dtype and not net.state_dict()
+    assert OneHot(2)(torch.tensor([1])).dtype == torch.get_default_dtype()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 3]), "labels must be 0 to 2, got 0 to 3"),
+        (torch.tensor([-1, 2]), "labels must be 0 to 2, got -1 to 2"),
+        (torch.tensor([0.0, 1.0]), r"integers of shape \(batch,\), got torch.float32 \(2,\)"),
+        (torch.tensor([True]), r"integers of shape \(batch,\), got torch.bool \(1,\)"),
+        (torch.tensor([[0, 1]]), r"integers of shape \(batch,\), got torch.int64 \(1, 2\)"),
+        (torch.tensor(1), r"integers of shape \(batch,\), got torch.int64 \(\)"),
+    ],
+    ids=str,
+)
+def test_one_hot_refuses_other_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        OneHot(3)(labels)
+
+
+def test_one_hot_needs_a_class():
+    with pytest.raises(ValueError, match="^classes must be at least 1, got 0"):
+        OneHot(0)

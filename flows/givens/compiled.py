@@ -12,11 +12,7 @@ has angles of its own, samples lie side by side in a vector and are turned by c 
 README.md derives and counts.
 """
 
-import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +31,7 @@ from flows.givens.lanes import (
 )
 from flows.givens.program import program
 from flows.givens.schedule import Schedule
+from flows.native import parallel
 
 __all__ = ["pull", "turn"]
 
@@ -116,16 +113,16 @@ def _shared(
     table = np.empty((sets, len(number), 2), x.dtype)
     direction = np.empty((sets, len(number)), x.dtype)
     given = _array(angles), number, table, direction
-    _parallel(shears, given, direction.size, threads)
+    parallel(shears, given, direction.size, threads)
     signs = carry_signs(schedule.dim, runs, rows, table, direction)
     given = *sides, columns, width, runs, rows, span, table, signs
     if dangles is None:
-        _parallel(turn_shared, given, jobs, threads)
+        parallel(turn_shared, given, jobs, threads)
     else:
         sums = np.zeros((threads, sets, len(number)), x.dtype)
-        _parallel(pull_shared, (*given, sums), jobs, threads)
+        parallel(pull_shared, (*given, sums), jobs, threads)
         given = sums, number, direction, _array(dangles)
-        _parallel(collect, given, len(number), threads)
+        parallel(collect, given, len(number), threads)
 
 
 def _each(
@@ -136,7 +133,7 @@ def _each(
     jobs = -(-len(x) * x.itemsize // ROW_OF_SAMPLES)
     # Making a turn from its angle costs about eight times the turn.
     threads = _threads(8 * jobs * (ROW_OF_SAMPLES // VECTOR) * schedule.num_angles)
-    _parallel(loop, (*arrays, schedule.planes.numpy(), inverse), jobs, threads)
+    parallel(loop, (*arrays, schedule.planes.numpy(), inverse), jobs, threads)
 
 
 # --- threads ------------------------------------------------------------------------------------
@@ -144,48 +141,3 @@ def _each(
 
 def _threads(turns: int) -> int:
     return max(1, min(torch.get_num_threads(), turns // TURNS_PER_THREAD))
-
-
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@lru_cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that comes with torch, if it is GNU's."""
-    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
-        library = ctypes.CDLL(str(path))
-        library.GOMP_parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        return library
-    return None
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "flows.givens")
-
-
-def _parallel(loop: Callable, given: tuple, jobs: int, threads: int) -> None:
-    """loop(*given, k, first, last) for ``threads`` consecutive shares of the jobs."""
-    if threads == 1:
-        loop(*given, 0, 0, jobs)
-        return
-    ends = [jobs * k // threads for k in range(threads + 1)]
-    openmp = _openmp()
-    if openmp is None:
-        pool = _pool(torch.get_num_threads())
-        list(pool.map(lambda k: loop(*given, k, ends[k], ends[k + 1]), range(threads)))
-        return
-    # On torch's own threads: those wait for work by spinning, so that others would have to
-    # share the cores with them.
-    errors = []
-
-    def body(_: None) -> None:
-        try:
-            for k in range(openmp.omp_get_thread_num(), threads, openmp.omp_get_num_threads()):
-                loop(*given, k, ends[k], ends[k + 1])
-        except BaseException as error:  # cannot leave a foreign function
-            errors.append(error)
-
-    openmp.GOMP_parallel(_BODY(body), None, threads, 0)
-    if errors:
-        raise errors[0]

@@ -6,18 +6,18 @@ time stand in this one file, because numba's cache on disk notices changes of a 
 file only. Read by ``compiled.py`` and ``program.py``.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 try:
-    import numba
     from llvmlite import binding, ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
+
+    from flows.native import njit
 except ImportError as error:
     raise ImportError(
         'impl="compiled" needs the numba package: pip install givens-flows[compiled]'
@@ -35,7 +35,6 @@ __all__ = [
     "VECTOR",
     "carry_signs",
     "collect",
-    "njit",
     "pull_each",
     "pull_shared",
     "shears",
@@ -69,16 +68,6 @@ VECTOR = 64 if binding.get_host_cpu_features().get("avx512f") else 32
 
 
 # --- instructions -------------------------------------------------------------------------------
-
-
-def njit(function: Callable) -> Callable:
-    """Compile at the first call, remember on disk where that is possible, let threads run."""
-    # Type checkers wrap functions, and numba cannot read the wrapper.
-    function, options = inspect.unwrap(function), {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no folder that may be written to
-        return numba.njit(function, **options)
 
 
 class _Emit:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flows.givens.lanes import CROSS, LEAF, PAIR, PATTERNS, ROWS, SINGLE, TURNS, njit
+from flows.givens.lanes import CROSS, LEAF, PAIR, PATTERNS, ROWS, SINGLE, TURNS
 from flows.givens.schedule import Schedule
+from flows.native import njit
 
 __all__ = ["Program", "program"]
 

@@ -22,6 +22,7 @@ from flows.flow import read_checkpoint
 from flows.training.callbacks import BestAndLast, EpochSeed, Recorder
 from flows.training.module import DensityEstimator
 from flows.training.run import finish, new_folder
+from flows.transforms.base import InputOutsideDomain
 
 __all__ = ["RunCLI", "one_line_errors"]
 
@@ -153,10 +154,16 @@ class RunCLI(LightningCLI):
     def open_run(self) -> None:
         """Try data and flow together, which shows mistakes; only then create the folder."""
         if self.resumed_from is not None:
-            missing = {"optimizer_states", "loops"} - set(read_checkpoint(self.resumed_from))
+            checkpoint = read_checkpoint(self.resumed_from)
+            missing = {"optimizer_states", "loops"} - set(checkpoint)
             if missing:
                 names = ", ".join(sorted(missing))
                 raise ValueError(f"{self.resumed_from} cannot be resumed: it lacks {names}.")
+            if "parameter_average" in checkpoint and not self.model.ema_decay:
+                raise ValueError(
+                    f"{self.resumed_from} was trained with averaged parameters: expected a "
+                    "model.ema_decay greater than 0 to go on, got 0."
+                )
         self.datamodule.setup("fit")
         self.model.initialize(self.datamodule)
         self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
@@ -171,36 +178,40 @@ class RunCLI(LightningCLI):
                 ckpt_path=None if self.resumed_from is None else str(self.resumed_from),
                 weights_only=True,
             )
-        except FloatingPointError as error:
-            sys.exit(f"error: {error}")
+            return finish(
+                self.folder,
+                self.trainer,
+                self.model,
+                self.datamodule,
+                experiment=self.experiment,
+                seed=self._seed,
+            )
+        except (FloatingPointError, InputOutsideDomain) as error:
+            self._stop(f"error: {error}", 1)
         except SIGTERMException:
             self._stop("terminated", 143)
         except (KeyboardInterrupt, SystemExit):
             self._stop("interrupted", 130)
-        return finish(
-            self.folder,
-            self.trainer,
-            self.model,
-            self.datamodule,
-            experiment=self.experiment,
-            seed=self._seed,
-        )
 
     def _stop(self, what: str, status: int) -> NoReturn:
         last = self.folder / "last.ckpt"
         hint = f"resume with: python train.py --ckpt_path {last}"
-        print(f"{what}; {hint if last.exists() else 'before the first checkpoint'}")
+        hint = hint if last.exists() else "before the first checkpoint"
+        print(f"{what}; {hint}", file=sys.stderr if status == 1 else sys.stdout)
         sys.exit(status)
 
     def test(self) -> dict[str, float]:
         """Metrics of the checkpoint on the test split."""
-        return self.trainer.test(
-            self.model,
-            datamodule=self.datamodule,
-            ckpt_path=str(self.resumed_from),
-            weights_only=True,
-            verbose=False,
-        )[0]
+        try:
+            return self.trainer.test(
+                self.model,
+                datamodule=self.datamodule,
+                ckpt_path=str(self.resumed_from),
+                weights_only=True,
+                verbose=False,
+            )[0]
+        except (FloatingPointError, InputOutsideDomain) as error:
+            sys.exit(f"error: {error}")
 
 
 @contextmanager

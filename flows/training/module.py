@@ -4,12 +4,14 @@ import math
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from torch import Tensor
 
 from flows.checks import check_at_least, check_positive
 from flows.flow import Flow
 from flows.objectives import bits_per_dim
+from flows.training.averaging import ParameterAverage
+from flows.training.guard import guarded_log_prob, non_finite_gradient
 
 __all__ = ["DensityEstimator"]
 
@@ -27,6 +29,8 @@ class DensityEstimator(LightningModule):
         warmup_steps: Steps in which the learning rate rises from zero.
         weight_decay: Decoupled weight decay of the conditioners' weight matrices; angles,
             scales, splines and biases have none.
+        ema_decay: Decay per step of a moving average of the parameters, for example 0.999;
+            validation, test and checkpoints then use the average. 0 for none.
         initial_rows: Training rows from which data-dependent layers (ActNorm, EmpiricalCDF)
             are initialized before the first step.
     """
@@ -38,6 +42,7 @@ class DensityEstimator(LightningModule):
         lr: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
+        ema_decay: float = 0.0,
         initial_rows: int = 2048,
     ) -> None:
         super().__init__()
@@ -45,10 +50,13 @@ class DensityEstimator(LightningModule):
         check_at_least(
             0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows
         )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
         self.flow = flow
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
+        self.ema_decay = ema_decay
         self.initial_rows = initial_rows
         # Nested {class_path, init_args} of the flow, set by train.py: with it `flows.load`
         # builds the flow anew.
@@ -71,13 +79,9 @@ class DensityEstimator(LightningModule):
             self.initialize(self.trainer.datamodule)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        log_prob = self.flow(*batch)
+        what = f"training diverged in epoch {self.current_epoch}, step {self.global_step}"
+        log_prob = guarded_log_prob(self.flow, batch, what)
         nll = -log_prob.mean()
-        if not nll.isfinite():
-            raise FloatingPointError(
-                f"training diverged: the loss is {nll.item()} in epoch {self.current_epoch}, "
-                f"step {self.global_step}; lower the learning rate or clip gradients."
-            )
         rows = len(log_prob)
         self.log("train/nll", nll, on_step=False, on_epoch=True, batch_size=rows)
         name, value = "nll", nll.detach()
@@ -85,6 +89,18 @@ class DensityEstimator(LightningModule):
             name, value = "bits/dim", self._bits(log_prob.detach(), batch[0]).mean()
         self.log(name, value, prog_bar=True, logger=False, batch_size=rows)
         return nll
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # In float16 a scaler finds such gradients itself and leaves the step out.
+        if self.trainer.precision == "16-mixed":
+            return
+        name = non_finite_gradient(self.flow)
+        if name is not None:
+            raise FloatingPointError(
+                f"training diverged in epoch {self.current_epoch}, step {self.global_step}: "
+                f"the loss is finite, but the gradient of {name} is not; "
+                "lower the learning rate."
+            )
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -100,7 +116,8 @@ class DensityEstimator(LightningModule):
 
     def _evaluate(self, split: str, batch: tuple[Tensor, ...]) -> None:
         inputs = batch[0]
-        log_prob = self.flow(*batch)
+        what = f"{split}/nll is not finite after epoch {self.current_epoch}"
+        log_prob = guarded_log_prob(self.flow, batch, what)
         metrics = {"nll": -log_prob}
         density = getattr(self.trainer.datamodule, "density", None)
         if density is not None:
@@ -119,6 +136,9 @@ class DensityEstimator(LightningModule):
 
     def _bits(self, log_prob: Tensor, inputs: Tensor) -> Tensor:
         return bits_per_dim(log_prob, inputs[0].numel(), bits=math.log2(self._grey_levels))
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [ParameterAverage(self.ema_decay)] if self.ema_decay else []
 
     def configure_optimizers(self) -> dict[str, Any]:
         conditioners = [

@@ -12,8 +12,10 @@ __all__ = [
     "InputOutsideDomain",
     "InverseNotAvailable",
     "Transform",
+    "bounded",
     "check_features",
     "check_unit_interval",
+    "check_vectors",
     "mean_and_deviation",
     "preserves_volume",
     "sum_features",
@@ -35,12 +37,24 @@ def check_features(inputs: Tensor, features: int, *, axis: int = 1) -> None:
         raise ValueError(f"inputs must have {features} features on axis {axis}, got {shape}.")
 
 
+def check_vectors(inputs: Tensor, features: int) -> None:
+    """Refuse inputs that are not (batch, features)."""
+    check_features(inputs, features)
+    if inputs.ndim != 2:
+        raise ValueError(f"inputs must be vectors (batch, {features}), got {tuple(inputs.shape)}.")
+
+
 def check_unit_interval(inputs: Tensor) -> None:
     """Refuse inputs outside [0, 1], NaN included."""
     if inputs.numel() and not (inputs.min() >= 0 and inputs.max() <= 1):
         raise InputOutsideDomain(
             f"inputs must lie in [0, 1], got {inputs.min():.4g} to {inputs.max():.4g}."
         )
+
+
+def bounded(values: Tensor, bound: float) -> Tensor:
+    """Values squeezed smoothly into (-bound, bound): bound * tanh(value / bound)."""
+    return bound * torch.tanh(values / bound)
 
 
 def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:

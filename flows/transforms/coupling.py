@@ -7,10 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
-from flows.transforms.base import Transform, check_features, sum_features
-from flows.transforms.spline import rational_quadratic_spline, spline_parameters
+from flows.splines import rational_quadratic_spline, spline_parameters
+from flows.transforms.base import Transform, bounded, check_features, sum_features
 
-__all__ = ["AffineCoupling", "Coupling", "SplineCoupling"]
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "IncompressibleCoupling",
+    "SplineCoupling",
+    "kept_and_moved",
+]
+
+
+def kept_and_moved(features: int) -> tuple[int, int]:
+    """How many features a coupling keeps and how many it moves."""
+    check_at_least(2, features=features)
+    return features // 2, features - features // 2
 
 
 class Coupling(Transform):
@@ -28,12 +41,11 @@ class Coupling(Transform):
         self, features: int, net: Callable[[int, int], nn.Module], *, flip: bool = False
     ) -> None:
         super().__init__()
-        check_at_least(2, features=features)
+        kept, moved = kept_and_moved(features)
         self.features = features
         self.flip = flip
-        kept = features // 2
-        self.sizes = (features - kept, kept) if flip else (kept, features - kept)
-        self.net = net(kept, self.count_parameters(features - kept))
+        self.sizes = (moved, kept) if flip else (kept, moved)
+        self.net = net(kept, self.count_parameters(moved))
 
     @abstractmethod
     def count_parameters(self, moved: int) -> int:
@@ -58,12 +70,40 @@ class Coupling(Transform):
         check_features(inputs, self.features)
         first, second = inputs.split(self.sizes, dim=1)
         kept, moved = (second, first) if self.flip else (first, second)
-        moved, logabsdet = self.couple(moved, self.net(kept, context), inverse=inverse)
+        # Autocast may have made them in half precision; what they do is done in full.
+        parameters = self.net(kept, context).to(inputs.dtype)
+        moved, logabsdet = self.couple(moved, parameters, inverse=inverse)
         halves = (moved, kept) if self.flip else (kept, moved)
         return torch.cat(halves, dim=1), logabsdet
 
     def extra_repr(self) -> str:
         return f"features={self.features}, flip={self.flip}"
+
+
+class AdditiveCoupling(Coupling):
+    r"""Volume-preserving coupling :math:`y_2 = x_2 + t(x_1)`.
+
+    Args:
+        features: Size of axis 1, at least 2: features of vectors, channels of images.
+        net: ``net(in_features, out_features)`` makes the conditioner, a module called as
+            ``conditioner(kept, context)``.
+        flip: Keep the second half instead of the first.
+
+    Shape:
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,), zero.
+
+    Reference:
+        Dinh et al. (2015), NICE, arXiv 1410.8516
+    """
+
+    volume_preserving = True
+
+    def count_parameters(self, moved: int) -> int:
+        return moved
+
+    def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        outputs = moved - parameters if inverse else moved + parameters
+        return outputs, moved.new_zeros(moved.shape[0])
 
 
 class AffineCoupling(Coupling):
@@ -103,10 +143,59 @@ class AffineCoupling(Coupling):
 
     def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.chunk(2, dim=1)
-        log_scale = self.bound * torch.tanh(raw / self.bound)
-        if inverse:
-            return (moved - shift) * (-log_scale).exp(), -sum_features(log_scale)
-        return moved * log_scale.exp() + shift, sum_features(log_scale)
+        log_scale = bounded(raw, self.bound)
+        logabsdet = sum_features(-log_scale if inverse else log_scale)
+        return _scale(moved, log_scale, shift, inverse=inverse), logabsdet
+
+
+class IncompressibleCoupling(Coupling):
+    r"""Volume-preserving coupling :math:`y_2 = e^{s(x_1)} x_2 + t(x_1)`, :math:`\sum s = 0`.
+
+    s is bounded as in :class:`AffineCoupling`, then its mean is taken off, so that
+    :math:`|s| < 2b`. The mean is over everything that moves in a sample, in images over the
+    pixels as well: a mean per pixel would keep the volume at each of them, which asks for more
+    than volume preservation, and leave nothing where one channel moves. Where a single number
+    moves s is zero, and the layer an :class:`AdditiveCoupling`.
+
+    Args:
+        features: Size of axis 1, at least 2: features of vectors, channels of images.
+        net: ``net(in_features, out_features)`` makes the conditioner, a module called as
+            ``conditioner(kept, context)``.
+        bound: Bound b of the log-scale before its mean is taken off, in nats.
+        flip: Keep the second half instead of the first.
+
+    Shape:
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,), zero.
+
+    Reference:
+        Sorrenson et al. (2020), GIN, arXiv 2001.04872, where the last entry of s makes the
+        sum zero
+    """
+
+    volume_preserving = True
+
+    def __init__(
+        self,
+        features: int,
+        net: Callable[[int, int], nn.Module],
+        *,
+        bound: float = 2.0,
+        flip: bool = False,
+    ) -> None:
+        check_positive(bound=bound)
+        super().__init__(features, net, flip=flip)
+        self.bound = bound
+
+    def count_parameters(self, moved: int) -> int:
+        return 2 * moved
+
+    def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, raw = parameters.chunk(2, dim=1)
+        log_scale = bounded(raw, self.bound)
+        everywhere = tuple(range(1, log_scale.ndim))
+        log_scale = log_scale - log_scale.mean(everywhere, keepdim=True)
+        outputs = _scale(moved, log_scale, shift, inverse=inverse)
+        return outputs, moved.new_zeros(moved.shape[0])
 
 
 class SplineCoupling(Coupling):
@@ -153,3 +242,9 @@ class SplineCoupling(Coupling):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bins={self.bins}, tail_bound={self.tail_bound}"
+
+
+def _scale(moved: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: bool) -> Tensor:
+    if inverse:
+        return (moved - shift) * (-log_scale).exp()
+    return moved * log_scale.exp() + shift

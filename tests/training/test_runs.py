@@ -16,6 +16,7 @@ import yaml
 
 import flows
 import train
+from datasets.toy import FreshBatches
 
 ROOT = Path(train.__file__).parent
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
@@ -269,11 +270,33 @@ def test_a_checkpoint_outside_a_run_starts_a_folder_of_its_own(run, tmp_path, mo
     assert folder.parent.name == "two_moons" and (folder / "summary.json").exists()
 
 
-def test_divergence_ends_the_run_unfinished(tmp_path):
-    with pytest.raises(SystemExit, match="diverged") as exit:
+def test_divergence_ends_the_run_unfinished(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
         fit(tmp_path, *SMALL, "--model.lr=1e12", "--model.warmup_steps=0")
-    assert exit.value.code != 0
+    assert exit.value.code == 1
+    printed = capsys.readouterr().err
+    assert "error: training diverged in epoch 0, step " in printed
     assert not list(tmp_path.glob("*/*/summary.json"))
+
+
+def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(run, tmp_path, capsys, monkeypatch):
+    whole = FreshBatches.__iter__
+
+    def spoiled(self):
+        for inputs, *_ in whole(self):
+            inputs[5, 1] = torch.nan if self.epoch == 2 else inputs[5, 1]
+            yield (inputs,)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(FreshBatches, "__iter__", spoiled)
+        fit(tmp_path, *SMALL)
+    assert exit.value.code == 1
+    (printed,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "epoch 2, step 6: nll is nan: the data: inputs of row 5, feature 1, is nan" in printed
+    (last,) = tmp_path.glob("*/*/last.ckpt")
+    assert str(last) in printed
+    train.main(["--ckpt_path", str(last)])
+    assert rows(last.parent) == rows(run)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")

@@ -1,0 +1,72 @@
+"""Splines by tensor operations: the definition, for every device and every derivative."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["MIN_BIN", "MIN_SLOPE", "SLOPE_OFFSET", "spline"]
+
+# Smallest bin, as a fraction of the mean bin, and smallest slope at a knot.
+MIN_BIN = 0.02
+MIN_SLOPE = 1e-3
+# softplus(0 + offset) = 1 - MIN_SLOPE, so that zero parameters mean slope 1.
+SLOPE_OFFSET = math.log(math.expm1(1 - MIN_SLOPE))
+
+
+def spline(
+    inputs: Tensor, parameters: Tensor, tail_bound: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs and log slopes; parameters have one axis more than inputs, and broadcast."""
+    bins = (parameters.shape[-1] + 1) // 3
+    inside = inputs.abs() <= tail_bound
+    values = inputs.clamp(-tail_bound, tail_bound)
+
+    # Widths and heights side by side: (..., 2, bins).
+    shares = parameters[..., : 2 * bins].unflatten(-1, (2, bins)).softmax(-1)
+    sizes = 2 * tail_bound * (MIN_BIN / bins + (1 - MIN_BIN) * shares)
+    inner = sizes[..., :-1].cumsum(-1) - tail_bound
+    left = functional.pad(inner, (1, 0), value=-tail_bound)
+    # The ends' slopes are 1, which is what a raw slope of zero means.
+    raw_slopes = functional.pad(parameters[..., 2 * bins :], (1, 1))
+
+    searched = inner[..., 1 if inverse else 0, :]
+    index = (values.unsqueeze(-1) >= searched).sum(-1, keepdim=True)
+    both = index.unsqueeze(-1).expand(*index.shape[:-1], 2, 1)
+    x_k, y_k = _chosen(left, both).squeeze(-1).unbind(-1)
+    w, h = _chosen(sizes, both).squeeze(-1).unbind(-1)
+    chosen = _chosen(raw_slopes, torch.cat([index, index + 1], -1))
+    d_left, d_right = (MIN_SLOPE + functional.softplus(chosen + SLOPE_OFFSET)).unbind(-1)
+    m = h / w
+    curvature = d_left + d_right - 2 * m
+
+    if inverse:
+        rise = values - y_k
+        a = h * (m - d_left) + rise * curvature
+        b = h * d_left - rise * curvature
+        # Rounding may push the discriminant of a monotone spline below zero.
+        tiny = torch.finfo(inputs.dtype).tiny
+        root = (b.square() + 4 * a * m * rise).clamp_min(tiny).sqrt()
+        # Of the two ways to write the solution the one without a difference of equals.
+        rising = b > 0
+        xi = torch.where(rising, 2 * m * rise, root - b) / torch.where(rising, root + b, 2 * a)
+    else:
+        xi = (values - x_k) / w
+    rest = 1 - xi
+    mixed = xi * rest
+    denominator = m + curvature * mixed
+    if inverse:
+        outputs = x_k + xi * w
+    else:
+        outputs = y_k + h * (m * xi.square() + d_left * mixed) / denominator
+    slope = d_right * xi.square() + 2 * m * mixed + d_left * rest.square()
+    log_slope = slope.log() + 2 * (m / denominator).log()
+
+    log_slope = torch.where(inside, -log_slope if inverse else log_slope, 0.0)
+    return torch.where(inside, outputs, inputs), log_slope
+
+
+def _chosen(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of the last axis, where the table may broadcast to the index."""
+    return table.expand(*index.shape[:-1], -1).gather(-1, index)

@@ -1,0 +1,187 @@
+"""Masked autoregressive layers: every feature's map is set by the features before it."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flows.checks import check_at_least, check_positive
+from flows.transforms.base import Transform, check_vectors, sum_features
+from flows.transforms.spline import rational_quadratic_spline, spline_parameters
+
+__all__ = ["MaskedAutoregressive", "MaskedAutoregressiveAffine", "MaskedAutoregressiveSpline"]
+
+
+class MaskedAutoregressive(Transform):
+    """Maps feature d by a function whose parameters depend on the features before d.
+
+    ``forward`` takes one pass of the conditioner, ``inverse`` one per feature.
+
+    Args:
+        features: Size of the vectors, at least 1; one feature has an elementwise map that
+            only the context can change.
+        net: ``net(features, parameters_per_feature)`` makes the conditioner, a module called
+            as ``conditioner(inputs, context)`` that returns (batch, features,
+            parameters_per_feature), those of feature d from the features before d: such as
+            :class:`flows.nets.MADE`.
+        reverse: Take the features in the opposite order, last one first.
+    """
+
+    def __init__(
+        self, features: int, net: Callable[[int, int], nn.Module], *, reverse: bool = False
+    ) -> None:
+        super().__init__()
+        check_at_least(1, features=features)
+        self.features = features
+        self.reverse = reverse
+        self.net = net(features, self.parameters_per_feature)
+
+    @property
+    @abstractmethod
+    def parameters_per_feature(self) -> int:
+        """Number of parameters that map one feature."""
+
+    @abstractmethod
+    def map_features(
+        self, inputs: Tensor, parameters: Tensor, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Map (batch, count) elementwise, given (batch, count, parameters_per_feature).
+
+        Returns outputs and log derivatives of the shape of ``inputs``.
+        """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_vectors(inputs, self.features)
+        ordered = self._order(inputs)
+        parameters = self._condition(ordered, context)
+        outputs, logabsdet = self.map_features(ordered, parameters, inverse=False)
+        return self._order(outputs), sum_features(logabsdet)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_vectors(inputs, self.features)
+        ordered = self._order(inputs)
+        # What is known so far, and zeros, which the conditioner must not look at.
+        known, unknown = ordered[:, :0], torch.zeros_like(ordered)
+        logabsdet = inputs.new_zeros(inputs.shape[0])
+        for d in range(self.features):
+            parameters = self._condition(torch.cat([known, unknown[:, d:]], dim=1), context)
+            one = slice(d, d + 1)
+            feature, log_derivative = self.map_features(
+                ordered[:, one], parameters[:, one], inverse=True
+            )
+            known = torch.cat([known, feature], dim=1)
+            logabsdet = logabsdet + log_derivative[:, 0]
+        return self._order(known), logabsdet
+
+    def _order(self, values: Tensor) -> Tensor:
+        """Features in the order of the conditioner, or back."""
+        return values.flip(1) if self.reverse else values
+
+    def _condition(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        parameters = self.net(inputs, context)
+        expected = (*inputs.shape, self.parameters_per_feature)
+        if parameters.shape != expected:
+            raise ValueError(f"net must return shape {expected}, got {tuple(parameters.shape)}.")
+        return parameters
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, reverse={self.reverse}"
+
+
+class MaskedAutoregressiveAffine(MaskedAutoregressive):
+    r"""Affine autoregressive map :math:`y_d = e^{s(x_{<d})} x_d + t(x_{<d})`, :math:`|s|` bounded.
+
+    :math:`s = b \tanh(\cdot / b)` with the bound b, as in :class:`AffineCoupling`. Density
+    estimation takes one pass, sampling one per feature. Zero outputs of the conditioner
+    make the identity.
+
+    Args:
+        features: Size of the vectors, at least 1.
+        net: ``net(features, 2)`` makes the conditioner, such as :class:`flows.nets.MADE`, a
+            module called as ``conditioner(inputs, context)`` that returns (batch, features, 2),
+            those of feature d from the features before d.
+        bound: Bound b of the log-scale, in nats.
+        reverse: Take the features in the opposite order, last one first.
+
+    Shape:
+        inputs (batch, features) to outputs of the same shape, logabsdet (batch,).
+
+    Reference:
+        Papamakarios et al. (2017), Masked Autoregressive Flow, arXiv 1705.07057
+    """
+
+    parameters_per_feature = 2
+
+    def __init__(
+        self,
+        features: int,
+        net: Callable[[int, int], nn.Module],
+        *,
+        bound: float = 2.0,
+        reverse: bool = False,
+    ) -> None:
+        check_positive(bound=bound)
+        super().__init__(features, net, reverse=reverse)
+        self.bound = bound
+
+    def map_features(
+        self, inputs: Tensor, parameters: Tensor, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        shift, raw = parameters.unbind(-1)
+        log_scale = self.bound * torch.tanh(raw / self.bound)
+        if inverse:
+            return (inputs - shift) * (-log_scale).exp(), -log_scale
+        return inputs * log_scale.exp() + shift, log_scale
+
+
+class MaskedAutoregressiveSpline(MaskedAutoregressive):
+    r"""Autoregressive rational-quadratic splines on [-B, B], identity outside.
+
+    Density estimation takes one pass, sampling one per feature. Zero outputs of the
+    conditioner make the identity.
+
+    Args:
+        features: Size of the vectors, at least 1.
+        net: ``net(features, 3 * bins - 1)`` makes the conditioner, such as
+            :class:`flows.nets.MADE`, a module called as ``conditioner(inputs, context)`` that
+            returns (batch, features, 3 * bins - 1), those of feature d from the features
+            before d.
+        bins: Number of bins of every spline.
+        tail_bound: Half-width B of the interval.
+        reverse: Take the features in the opposite order, last one first.
+
+    Shape:
+        inputs (batch, features) to outputs of the same shape, logabsdet (batch,).
+
+    Reference:
+        Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
+    """
+
+    def __init__(
+        self,
+        features: int,
+        net: Callable[[int, int], nn.Module],
+        *,
+        bins: int = 8,
+        tail_bound: float = 5.0,
+        reverse: bool = False,
+    ) -> None:
+        check_positive(tail_bound=tail_bound)
+        self.bins = bins
+        super().__init__(features, net, reverse=reverse)
+        self.tail_bound = tail_bound
+
+    @property
+    def parameters_per_feature(self) -> int:
+        return spline_parameters(self.bins)
+
+    def map_features(
+        self, inputs: Tensor, parameters: Tensor, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return rational_quadratic_spline(
+            inputs, parameters, tail_bound=self.tail_bound, inverse=inverse
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bins={self.bins}, tail_bound={self.tail_bound}"
