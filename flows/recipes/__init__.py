@@ -7,7 +7,6 @@ from flows.recipes.rotation_spline import RotationSplineFlow
 from flows.recipes.spline_coupling import SplineCouplingFlow
 from flows.recipes.sylvester_vae import SylvesterVAE
 
-
 __all__ = [
     "GaussianizationFlow",
     "Glow",
