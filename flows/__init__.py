@@ -29,6 +29,7 @@ from flows.transforms import (
     SVDCoupling,
     SVDLinear,
     Sylvester,
+    Twist,
 )
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "Sylvester",
+    "Twist",
     "bits_per_dim",
     "distributions",
     "givens",

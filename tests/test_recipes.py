@@ -1,5 +1,7 @@
 """Whole models: they run, invert and refuse what cannot work."""
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,36 @@ def test_vector_recipes_are_made_of_their_arguments(recipe):
         flow(x)
 
 
+@each_vector_recipe
+def test_vector_recipes_take_labels_as_context(recipe):
+    flow = randomized(recipe(3, layers=2, hidden_features=8, classes=4)).eval()
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    log_prob = flow(x, labels)
+    assert (log_prob != flow(x, (labels + 1) % 4)).all()
+    assert flow.sample(2, labels).shape == (4, 2, 3)
+    with pytest.raises(ValueError, match="labels must be 0 to 3, got 1 to 4"):
+        flow(x, labels + 1)
+
+
+@each_vector_recipe
+def test_vector_recipes_take_data_and_context_in_their_own_units(recipe):
+    x, context = torch.randn(200, 2), torch.randn(200, 1)
+    torch.manual_seed(1)
+    plain = recipe(2, layers=2, hidden_features=8, context_features=1)
+    scaled = copy.deepcopy(plain)
+    expected = plain(x, context)
+    log_prob = scaled(1e4 + 1e3 * x, 1e5 * context - 1e4)
+    shift = torch.full((200,), 2 * math.log(1e3))
+    torch.testing.assert_close(log_prob + shift, expected, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", [*VECTORS, Glow])
+def test_columns_and_labels_together_are_refused(recipe):
+    options = GLOW if recipe is Glow else {"features": 2}
+    with pytest.raises(ValueError, match="got context_features=2 and classes=3"):
+        recipe(**options, context_features=2, classes=3)
+
+
 @pytest.mark.parametrize("recipe", [SplineCouplingFlow, MaskedSplineFlow])
 def test_dropout_reaches_the_conditioners(recipe):
     flow = recipe(3, layers=2, dropout=0.25)
@@ -107,7 +139,7 @@ def test_dropout_reaches_the_conditioners(recipe):
 @pytest.mark.parametrize("features", [2, 5])
 def test_two_couplings_bend_every_feature_between_permutations(features):
     flow = randomized(SplineCouplingFlow(features, layers=5, hidden_features=8))
-    _, *layers = flow.transform.transforms
+    _, _, *layers = flow.transform.transforms
     assert [type(layer) for layer in layers] == [
         *[SplineCoupling, SplineCoupling, Permutation] * 2,
         SplineCoupling,
@@ -119,7 +151,7 @@ def test_two_couplings_bend_every_feature_between_permutations(features):
 
 def test_masked_layers_take_opposite_orders_between_permutations():
     flow = randomized(MaskedSplineFlow(3, layers=4, hidden_features=8))
-    _, first, second, permutation, third, fourth = flow.transform.transforms
+    _, _, first, second, permutation, third, fourth = flow.transform.transforms
     assert isinstance(permutation, Permutation)
     assert [m.reverse for m in (first, second, third, fourth)] == [False, True, False, True]
 
@@ -277,6 +309,16 @@ def test_glow_of_classes_reads_the_label_everywhere():
     for gradient in torch.autograd.grad(log_prob.sum(), conditions):
         assert gradient.any(0).all()  # every class, in every conditioner
     assert flow.sample(2, labels[:4]).shape == (4, 2, *GLOW["shape"])
+
+
+def test_glow_takes_columns_as_context():
+    flow = randomized(Glow(context_features=2, **GLOW), 0.1).double().eval()
+    images, context = levels(4), torch.randn(4, 2, dtype=torch.float64)
+    torch.manual_seed(1)
+    log_prob = flow(images, context)
+    torch.manual_seed(1)
+    assert (log_prob != flow(images, context + 1)).all()
+    assert flow.sample(2, context).shape == (4, 2, *GLOW["shape"])
 
 
 def test_glow_of_classes_learns_what_the_label_says():

@@ -28,6 +28,7 @@ from flows.transforms.standardize import Standardize
 from flows.transforms.svd_coupling import SVDCoupling
 from flows.transforms.svd_linear import SVDLinear
 from flows.transforms.sylvester import Sylvester
+from flows.transforms.twist import Twist
 
 __all__ = [
     "ActNorm",
@@ -58,4 +59,5 @@ __all__ = [
     "Standardize",
     "Sylvester",
     "Transform",
+    "Twist",
 ]

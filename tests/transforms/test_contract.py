@@ -50,6 +50,7 @@ from flows.transforms import (
     SVDLinear,
     Sylvester,
     Transform,
+    Twist,
 )
 from flows.transforms.base import preserves_volume
 
@@ -254,6 +255,14 @@ CASES = {
     ),
     "masked spline, context": Case(
         lambda: MaskedAutoregressiveSpline(3, CONTEXT_MASKED_NET, **SPLINE), reals(3), "used"
+    ),
+    "twist": Case(lambda: Twist(4, MLP_NET), reals(4)),
+    "twist, odd": Case(lambda: Twist(5, MLP_NET, matching=3), reals(5)),
+    "twist, two features": Case(lambda: Twist(2, MLP_NET), reals(2)),
+    "twist, context": Case(lambda: Twist(4, CONTEXT_NET, matching=1), reals(4), "used"),
+    "twist, images": Case(lambda: Twist(4, CONV_NET, matching=2), reals(4, 2, 3)),
+    "twist, images, odd, context": Case(
+        lambda: Twist(3, CONTEXT_CONV_NET), reals(3, 2, 3), "used"
     ),
     "sylvester": Case(lambda: Sylvester(4), reals(4)),
     "sylvester, thin": Case(lambda: Sylvester(5, rank=2), reals(5)),
