@@ -15,6 +15,8 @@ from flows.recipes import (
     MaskedSplineFlow,
     RotationSplineFlow,
     SplineCouplingFlow,
+    SylvesterVAE,
+    VolumePreservingFlow,
 )
 from flows.transforms import (
     AffineCoupling,
@@ -57,7 +59,8 @@ each_vector_recipe = pytest.mark.parametrize("recipe", VECTORS, ids=lambda r: r.
 
 
 def test_tables_have_every_recipe():
-    assert {getattr(recipes, name) for name in recipes.__all__} == {*VECTORS, Glow}
+    elsewhere = {Glow, SylvesterVAE, VolumePreservingFlow}
+    assert {getattr(recipes, name) for name in recipes.__all__} == {*VECTORS, *elsewhere}
 
 
 @each_vector_recipe
@@ -97,6 +100,35 @@ def test_vector_recipes_are_made_of_their_arguments(recipe):
         flow(x)
 
 
+@each_vector_recipe
+def test_vector_recipes_take_class_labels(recipe):
+    flow = randomized(recipe(3, layers=2, hidden_features=8, classes=4)).eval()
+    x, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    assert not torch.equal(flow(x, labels), flow(x, labels.roll(1)))
+    assert flow.sample(6, labels[:2]).shape == (2, 6, 3)
+    with pytest.raises(ValueError, match="columns or labels, got context_features=2"):
+        recipe(3, context_features=2, classes=4)
+
+
+@each_vector_recipe
+def test_vector_recipes_take_data_and_context_in_their_own_units(recipe):
+    flow = recipe(2, layers=2, hidden_features=8, context_features=1)
+    torch.manual_seed(1)
+    x, context = torch.randn(500, 2), torch.randn(500, 1)
+    flow.train()(x, context)
+    torch.manual_seed(0)
+    other = recipe(2, layers=2, hidden_features=8, context_features=1)
+    other.load_state_dict(flow.state_dict())
+    for module in other.modules():
+        if hasattr(module, "initialized"):
+            module.initialized.fill_(False)
+    units, shift = torch.tensor([1e3, 1e-3]), torch.tensor([5e3, 2.0])
+    other.train()(x * units + shift, 100 * context - 7)
+    expected = flow.eval()(x, context) - units.log().sum()
+    results = other.eval()(x * units + shift, 100 * context - 7)
+    torch.testing.assert_close(results, expected, atol=1e-2, rtol=1e-3)
+
+
 @pytest.mark.parametrize("recipe", [SplineCouplingFlow, MaskedSplineFlow])
 def test_dropout_reaches_the_conditioners(recipe):
     flow = recipe(3, layers=2, dropout=0.25)
@@ -106,7 +138,7 @@ def test_dropout_reaches_the_conditioners(recipe):
 @pytest.mark.parametrize("features", [2, 5])
 def test_two_couplings_bend_every_feature_between_permutations(features):
     flow = randomized(SplineCouplingFlow(features, layers=5, hidden_features=8))
-    _, *layers = flow.transform.transforms
+    _, _, *layers = flow.transform.transforms
     assert [type(layer) for layer in layers] == [
         *[SplineCoupling, SplineCoupling, Permutation] * 2,
         SplineCoupling,
@@ -118,7 +150,7 @@ def test_two_couplings_bend_every_feature_between_permutations(features):
 
 def test_masked_layers_take_opposite_orders_between_permutations():
     flow = randomized(MaskedSplineFlow(3, layers=4, hidden_features=8))
-    _, first, second, permutation, third, fourth = flow.transform.transforms
+    _, _, first, second, permutation, third, fourth = flow.transform.transforms
     assert isinstance(permutation, Permutation)
     assert [m.reverse for m in (first, second, third, fourth)] == [False, True, False, True]
 
