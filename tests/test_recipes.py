@@ -220,10 +220,12 @@ def test_recipes_come_back_from_a_checkpoint(recipe, options, tmp_path: Path):
     assert torch.equal(*samples)
 
 
+@pytest.mark.parametrize("dequantize", ["uniform", "variational"])
 @pytest.mark.parametrize("marginals", ["logit", "empirical"])
 @pytest.mark.parametrize("coupling", ["affine", "spline"])
-def test_glow_undoes_itself(coupling, marginals):
-    flow = randomized(Glow(coupling=coupling, marginals=marginals, **GLOW), 0.1).double()
+def test_glow_undoes_itself(coupling, marginals, dequantize):
+    options = {"coupling": coupling, "marginals": marginals, "dequantize": dequantize}
+    flow = randomized(Glow(**options, **GLOW), 0.1).double()
     images = levels(40)
     flow.train()(images)
     flow.eval()
@@ -362,6 +364,7 @@ def test_glow_of_classes_refuses_other_labels(labels, message):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"grey_levels": 1}, "grey_levels must be at least 2, got 1"),
         ({"coupling": "cubic"}, "coupling must be 'spline' or 'affine', got 'cubic'"),
+        ({"dequantize": "none"}, "dequantize must be 'uniform' or 'variational', got 'none'"),
         ({"marginals": "none"}, "marginals must be 'logit' or 'empirical', got 'none'"),
         ({"hidden_features": 0}, "hidden_features must .*, got 0"),
         ({"dropout": 1.5}, "dropout .* got 1.5"),
