@@ -30,6 +30,7 @@ from flows.transforms import (
     SVDLinear,
     Sylvester,
     Twist,
+    VariationalDequantize,
 )
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ __all__ = [
     "Standardize",
     "Sylvester",
     "Twist",
+    "VariationalDequantize",
     "bits_per_dim",
     "distributions",
     "givens",

@@ -1,5 +1,7 @@
 """Whole models: they run, invert and refuse what cannot work."""
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -101,32 +103,35 @@ def test_vector_recipes_are_made_of_their_arguments(recipe):
 
 
 @each_vector_recipe
-def test_vector_recipes_take_class_labels(recipe):
+def test_vector_recipes_take_labels_as_context(recipe):
     flow = randomized(recipe(3, layers=2, hidden_features=8, classes=4)).eval()
-    x, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
-    assert not torch.equal(flow(x, labels), flow(x, labels.roll(1)))
-    assert flow.sample(6, labels[:2]).shape == (2, 6, 3)
-    with pytest.raises(ValueError, match="columns or labels, got context_features=2"):
-        recipe(3, context_features=2, classes=4)
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    log_prob = flow(x, labels)
+    assert (log_prob != flow(x, (labels + 1) % 4)).all()
+    assert flow.sample(2, labels).shape == (4, 2, 3)
+    with pytest.raises(ValueError, match="labels must be 0 to 3, got 1 to 4"):
+        flow(x, labels + 1)
 
 
 @each_vector_recipe
 def test_vector_recipes_take_data_and_context_in_their_own_units(recipe):
-    flow = recipe(2, layers=2, hidden_features=8, context_features=1)
-    torch.manual_seed(1)
-    x, context = torch.randn(500, 2), torch.randn(500, 1)
-    flow.train()(x, context)
-    torch.manual_seed(0)
-    other = recipe(2, layers=2, hidden_features=8, context_features=1)
-    other.load_state_dict(flow.state_dict())
-    for module in other.modules():
-        if hasattr(module, "initialized"):
-            module.initialized.fill_(False)
-    units, shift = torch.tensor([1e3, 1e-3]), torch.tensor([5e3, 2.0])
-    other.train()(x * units + shift, 100 * context - 7)
-    expected = flow.eval()(x, context) - units.log().sum()
-    results = other.eval()(x * units + shift, 100 * context - 7)
-    torch.testing.assert_close(results, expected, atol=1e-2, rtol=1e-3)
+    x, context = torch.randn(200, 2, dtype=torch.float64), torch.randn(200, 1).double()
+    plain = recipe(2, layers=2, hidden_features=8, context_features=1).double()
+    scaled = copy.deepcopy(plain)
+    batches = (x, context), (1e4 + 1e3 * x, 1e5 * context - 1e4)
+    results = []
+    for flow, batch in zip((plain, scaled), batches, strict=True):
+        flow(*batch)  # sets the units, which no parameter may hold
+        torch.manual_seed(1)
+        results.append(randomized(flow).eval()(*batch))
+    torch.testing.assert_close(results[1] + 2 * math.log(1e3), results[0])
+
+
+@pytest.mark.parametrize("recipe", [*VECTORS, Glow])
+def test_columns_and_labels_together_are_refused(recipe):
+    options = GLOW if recipe is Glow else {"features": 2}
+    with pytest.raises(ValueError, match="got context_features=2 and classes=3"):
+        recipe(**options, context_features=2, classes=3)
 
 
 @pytest.mark.parametrize("recipe", [SplineCouplingFlow, MaskedSplineFlow])
@@ -215,10 +220,12 @@ def test_recipes_come_back_from_a_checkpoint(recipe, options, tmp_path: Path):
     assert torch.equal(*samples)
 
 
+@pytest.mark.parametrize("dequantize", ["uniform", "variational"])
 @pytest.mark.parametrize("marginals", ["logit", "empirical"])
 @pytest.mark.parametrize("coupling", ["affine", "spline"])
-def test_glow_undoes_itself(coupling, marginals):
-    flow = randomized(Glow(coupling=coupling, marginals=marginals, **GLOW), 0.1).double()
+def test_glow_undoes_itself(coupling, marginals, dequantize):
+    options = {"coupling": coupling, "marginals": marginals, "dequantize": dequantize}
+    flow = randomized(Glow(**options, **GLOW), 0.1).double()
     images = levels(40)
     flow.train()(images)
     flow.eval()
@@ -310,6 +317,16 @@ def test_glow_of_classes_reads_the_label_everywhere():
     assert flow.sample(2, labels[:4]).shape == (4, 2, *GLOW["shape"])
 
 
+def test_glow_takes_columns_as_context():
+    flow = randomized(Glow(context_features=2, **GLOW), 0.1).double().eval()
+    images, context = levels(4), torch.randn(4, 2, dtype=torch.float64)
+    torch.manual_seed(1)
+    log_prob = flow(images, context)
+    torch.manual_seed(1)
+    assert (log_prob != flow(images, context + 1)).all()
+    assert flow.sample(2, context).shape == (4, 2, *GLOW["shape"])
+
+
 def test_glow_of_classes_learns_what_the_label_says():
     flow = Glow((1, 4, 4), grey_levels=16, levels=1, steps=2, hidden_features=8, classes=2)
     labels = torch.arange(200) % 2
@@ -347,6 +364,7 @@ def test_glow_of_classes_refuses_other_labels(labels, message):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"grey_levels": 1}, "grey_levels must be at least 2, got 1"),
         ({"coupling": "cubic"}, "coupling must be 'spline' or 'affine', got 'cubic'"),
+        ({"dequantize": "none"}, "dequantize must be 'uniform' or 'variational', got 'none'"),
         ({"marginals": "none"}, "marginals must be 'logit' or 'empirical', got 'none'"),
         ({"hidden_features": 0}, "hidden_features must .*, got 0"),
         ({"dropout": 1.5}, "dropout .* got 1.5"),

@@ -18,8 +18,8 @@ class GaussianizationFlow(Flow):
     W starts at a random orthogonal matrix and learns its angles; :math:`\Psi` is a learned
     rational-quadratic spline for every feature. No layer has a conditioner, so there are few
     parameters and sampling costs what densities cost. With a context the splines follow it.
-    A leading Standardize brings the data to the splines'
-    interval, so data, context and samples keep their own units.
+    A leading Standardize brings the data to the splines' interval, so data, context and samples
+    keep their own units.
 
     Args:
         features: Size of the vectors, at least 2.

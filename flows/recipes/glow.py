@@ -19,6 +19,7 @@ from flows.transforms import (
     Multiscale,
     Rotation1x1,
     SplineCoupling,
+    VariationalDequantize,
 )
 
 __all__ = ["Glow"]
@@ -45,6 +46,8 @@ class Glow(Flow):
         coupling: ``"spline"`` or ``"affine"``.
         marginals: How [0, 1] is mapped to the real line: ``"logit"``, or ``"empirical"`` for
             each pixel's training distribution, which suits small data.
+        dequantize: Noise between the grey levels: ``"uniform"``, or ``"variational"`` for noise
+            that a small flow learns, a tighter bound at more time per step.
         dropout: Dropout in the conditioners.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
@@ -69,6 +72,7 @@ class Glow(Flow):
         hidden_features: int = 64,
         coupling: Literal["spline", "affine"] = "affine",
         marginals: Literal["logit", "empirical"] = "logit",
+        dequantize: Literal["uniform", "variational"] = "uniform",
         dropout: float = 0.0,
         context_features: int = 0,
         classes: int | None = None,
@@ -79,6 +83,8 @@ class Glow(Flow):
             raise ValueError(f"coupling must be 'spline' or 'affine', got {coupling!r}.")
         if marginals not in ("logit", "empirical"):
             raise ValueError(f"marginals must be 'logit' or 'empirical', got {marginals!r}.")
+        if dequantize not in ("uniform", "variational"):
+            raise ValueError(f"dequantize must be 'uniform' or 'variational', got {dequantize!r}.")
         embedding, width = embed_context(context_features, classes)
         net = partial(
             ConvNet,
@@ -108,5 +114,9 @@ class Glow(Flow):
             base = DiagonalNormal(math.prod(shape), net=base_net)
         else:
             base = Normal(math.prod(shape))
-        chain = Composite([Dequantize(grey_levels), to_reals, Multiscale(shape, transforms)])
-        super().__init__(chain, base, embedding)
+        multiscale = Multiscale(shape, transforms)
+        if dequantize == "uniform":
+            to_continuous = Dequantize(grey_levels)
+        else:
+            to_continuous = VariationalDequantize(shape[0], net, grey_levels, squeeze=True)
+        super().__init__(Composite([to_continuous, to_reals, multiscale]), base, embedding)

@@ -17,8 +17,8 @@ class SplineCouplingFlow(Flow):
 
     g is a rational-quadratic spline in every feature. Successive couplings exchange the
     halves, so that every two of them bend every feature; a fixed random permutation after
-    them makes other halves. A leading Standardize brings the data to the splines'
-    interval, so data, context and samples keep their own units.
+    them makes other halves. A leading Standardize brings the data to the splines' interval, so
+    data, context and samples keep their own units.
 
     Args:
         features: Size of the vectors, at least 2.

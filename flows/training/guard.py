@@ -52,7 +52,7 @@ def culprit(flow: nn.Module, batch: tuple[Tensor, ...]) -> str:
     def watch(path: str, module: nn.Module) -> Any:
         def look(module: nn.Module, arguments: Any, result: Any) -> None:
             bad = [name for name, tensor in _results(result) if not _is_finite(tensor)]
-            if bad and not found:
+            if bad:
                 found.append((path, bad[0]))
 
         return module.register_forward_hook(look)

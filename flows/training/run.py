@@ -14,6 +14,7 @@ from flows import plots
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.module import DensityEstimator
+from flows.training.stopping import Patience
 
 __all__ = ["finish", "new_folder"]
 
@@ -47,7 +48,7 @@ def finish(
         # Nothing was validated: the weights as they are.
         checkpoint = folder / "last.ckpt"
         trainer.save_checkpoint(checkpoint)
-    seconds = recorder.seconds
+    seconds, stopped_by = recorder.seconds, _stopped_by(trainer)
     results = trainer.test(
         model, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False
     )[0]
@@ -68,6 +69,7 @@ def finish(
         **results,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
+        "stopped_by": stopped_by,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "wall_seconds": round(seconds, 1),
         "seed": seed,
@@ -80,3 +82,12 @@ def finish(
     with write_atomically(folder / "summary.json") as file:
         json.dump(summary, file, indent=2, allow_nan=False)
     return summary
+
+
+def _stopped_by(trainer: Trainer) -> str:
+    """The config key that ended the fit."""
+    if any(isinstance(c, Patience) and c.exhausted for c in trainer.callbacks):
+        return "early_stopping_patience"
+    if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
+        return "max_epochs"
+    return "max_steps" if trainer.global_step >= trainer.max_steps >= 0 else "max_time"

@@ -9,7 +9,7 @@ import torch
 from flows import plots
 from flows.checks import check_at_least
 from flows.flow import load
-from flows.transforms import Dequantize
+from flows.transforms import Dequantize, VariationalDequantize
 
 __all__ = ["write_samples"]
 
@@ -55,7 +55,10 @@ def write_samples(
         case ".csv":
             np.savetxt(output, samples.flatten(1).numpy(), delimiter=",", fmt="%.7g")
         case ".png" if drawable:
-            grey_levels = [m.grey_levels for m in flow.modules() if isinstance(m, Dequantize)]
+            layers = [
+                m for m in flow.modules() if isinstance(m, Dequantize | VariationalDequantize)
+            ]
+            grey_levels = [layer.grey_levels for layer in layers]
             plots.save(plots.samples(samples, grey_levels=(grey_levels or [None])[0]), output)
         case _:
             kinds = ".png, .npy or .csv" if drawable else ".npy or .csv"

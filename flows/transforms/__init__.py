@@ -29,6 +29,7 @@ from flows.transforms.svd_coupling import SVDCoupling
 from flows.transforms.svd_linear import SVDLinear
 from flows.transforms.sylvester import Sylvester
 from flows.transforms.twist import Twist
+from flows.transforms.variational_dequantize import VariationalDequantize
 
 __all__ = [
     "ActNorm",
@@ -60,4 +61,5 @@ __all__ = [
     "Sylvester",
     "Transform",
     "Twist",
+    "VariationalDequantize",
 ]

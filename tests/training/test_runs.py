@@ -307,6 +307,17 @@ def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(run, tmp_path, cap
     assert rows(last.parent) == rows(run)
 
 
+def test_last_is_the_last_epoch_even_if_another_was_the_best(tmp_path):
+    rising = ["--model.lr=1.0", "--model.warmup_steps=0", "--trainer.max_epochs=3"]
+    folder = fit(tmp_path, *SMALL, *rising)
+    best, last = (
+        torch.load(folder / name, weights_only=True)["epoch"]
+        for name in ("best.ckpt", "last.ckpt")
+    )
+    scores = [float(row["val/nll"]) for row in rows(folder)]
+    assert best == scores.index(min(scores)) < 2 and last == 2
+
+
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 @pytest.mark.parametrize(
     "limit", ["--trainer.limit_val_batches=0", "--trainer.max_steps=2", "--trainer.max_epochs=0"]
