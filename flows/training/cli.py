@@ -164,6 +164,10 @@ class RunCLI(LightningCLI):
                     f"{self.resumed_from} was trained with averaged parameters: expected a "
                     "model.ema_decay greater than 0 to go on, got 0."
                 )
+        if self.model.early_stopping_patience and self.trainer.limit_val_batches == 0:
+            raise ValueError(
+                "early_stopping_patience needs validation, got trainer.limit_val_batches 0."
+            )
         self.datamodule.setup("fit")
         self.model.initialize(self.datamodule)
         self.folder.mkdir(parents=True, exist_ok=self.beside is not None)

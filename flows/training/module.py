@@ -11,6 +11,7 @@ from flows.checks import check_at_least, check_positive
 from flows.flow import check_density_model
 from flows.objectives import bits_per_dim
 from flows.training.averaging import ParameterAverage
+from flows.training.checks import check_splits, show_rows
 from flows.training.guard import guarded_log_prob, non_finite_gradient
 from flows.training.recenter import Recenter, recentered_layers
 from flows.training.stopping import Patience
@@ -87,11 +88,15 @@ class DensityEstimator(LightningModule):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return self.flow(inputs, context)
 
-    @torch.no_grad()
     def initialize(self, data: LightningDataModule) -> None:
-        """Show the flow training rows once: layers that depend on data initialize themselves."""
+        """Show the flow training rows once: layers that depend on data initialize themselves.
+
+        Raises:
+            ValueError: If data and flow do not fit, with what to change.
+        """
+        check_splits(self.flow, data)
         self.flow.train()
-        self.flow(*(tensor[: self.initial_rows] for tensor in data.splits["train"]))
+        show_rows(self.flow, data, self.initial_rows)
         self._initialized = True
 
     def setup(self, stage: str) -> None:
@@ -119,7 +124,7 @@ class DensityEstimator(LightningModule):
             raise FloatingPointError(
                 f"training diverged in epoch {self.current_epoch}, step {self.global_step}: "
                 f"the loss is finite, but the gradient of {name} is not; "
-                "lower the learning rate."
+                "lower model.lr."
             )
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
