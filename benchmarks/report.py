@@ -4,9 +4,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.spline_methods import KINDS
+from benchmarks.spline_methods import OURS as OUR_SPLINES
 from flows.givens import IMPLS
 
-__all__ = ["show", "show_samples"]
+__all__ = ["show", "show_samples", "show_splines"]
 
 OURS = ("crossing", "cosine_sine", "odd_even", "our CWY")
 RATIOS = {
@@ -15,6 +17,11 @@ RATIOS = {
     "forward_backward": "Matrix, forward and backward, over three dense products",
 }
 MODES = ("forward", "forward_backward")
+SPLINE_MODES = {
+    "forward": "Splines, forward",
+    "forward_backward": "Splines, forward and backward",
+    "inverse": "Splines, inverse",
+}
 EMPTY = "·"
 
 
@@ -71,6 +78,32 @@ def show_samples(rows: list[dict], device: str) -> None:
         table.add_row(f"  {row['method']}", *cols, style="bold" if ours else "")
     console.print(table)
     _left_out(console, rows, "schedule")
+
+
+def show_splines(rows: list[dict], device: str) -> None:
+    """For each way of timing a table: a line for each case, a column for each other method."""
+    console = _console()
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    names.remove(OUR_SPLINES)
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        case = row["kind"], tuple(row["shape"]), row["bins"]
+        cases.setdefault(case, {})[row["method"]] = row
+    for mode, title in SPLINE_MODES.items():
+        heads = ["inputs", "bins", "ours, ms", *names]
+        table = _table(console, f"{title}, {device}: times over ours", heads)
+        before = None
+        for (kind, shape, bins), found in cases.items():
+            if kind != before:
+                table.add_section()
+                table.add_row(KINDS[kind], style="italic")
+            before = kind
+            times = [found.get(name, {}).get(f"{mode}_over_ours") for name in names]
+            ours = found[OUR_SPLINES].get(f"{mode}_ms")
+            cells = [_number(ours), *map(_number, times)]
+            table.add_row("  " + " x ".join(map(str, shape)), str(bins), *cells)
+        console.print(table)
+    _left_out(console, rows, "shape")
 
 
 def _left_out(console: Console, rows: list[dict], where: str) -> None:

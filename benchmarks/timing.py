@@ -162,7 +162,9 @@ def write_json(
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "command": " ".join(command),
-        "versions": {p: _version(p) for p in ("torch", "numba", "triton", "geotorch", "nflows")},
+        "versions": {
+            p: _version(p) for p in ("torch", "numba", "triton", "geotorch", "nflows", "zuko")
+        },
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         **more,
         "rows": rows,

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.errors import one_line
+
 __all__ = ["CLASSES", "check_labels", "read_cifar", "read_svhn"]
 
 CLASSES = 10  # in MNIST, Fashion-MNIST, CIFAR-10 and SVHN alike
@@ -39,7 +41,9 @@ def read_svhn(path: Path) -> tuple[Tensor, Tensor]:
         content = loadmat(path, variable_names=["X", "y"])
         pixels, digits = content["X"], content["y"]
     except Exception as error:  # damaged bytes make the reader raise almost anything
-        raise _damaged(path, "a MATLAB file with X and y", error) from error
+        raise ValueError(
+            f"{path}: expected a MATLAB file with X and y, got {one_line(error)}"
+        ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
         raise ValueError(
             f"{path}: expected X of bytes and shape (32, 32, 3, count), "
@@ -76,7 +80,9 @@ def read_cifar(path: Path) -> tuple[Tensor, Tensor]:
             batch = _PlainUnpickler(file, encoding="latin1").load()
             pixels, labels = batch["data"], torch.tensor(batch["labels"])
         except Exception as error:  # damaged bytes make the unpickler raise almost anything
-            raise _damaged(path, "a batch of CIFAR-10 in Python's form", error) from error
+            raise ValueError(
+                f"{path}: expected a batch of CIFAR-10 in Python's form, got {one_line(error)}"
+            ) from error
     if (
         not isinstance(pixels, np.ndarray)
         or pixels.dtype != np.uint8
@@ -86,8 +92,3 @@ def read_cifar(path: Path) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{path}: expected data of bytes and shape (count, 3072), got {came}.")
     images = torch.from_numpy(pixels.reshape(len(pixels), 3, 32, 32).copy())
     return images, check_labels(path, labels, len(images))
-
-
-def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return ValueError(f"{path}: expected {expected}, got {reason}.")

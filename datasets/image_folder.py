@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datasets.base import DataModule
 from datasets.divide import check_fractions, divide
+from datasets.errors import one_line
 from datasets.images import GreyLevels
 
 __all__ = ["ImageFolder", "read_image"]
@@ -38,8 +39,7 @@ def read_image(path: Path, size: int, channels: int) -> Tensor:
             image = image.convert("RGB" if channels == 3 else "L")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # damaged bytes make decoders raise almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{path}: expected an intact image, got {reason}.") from error
+        raise ValueError(f"{path}: expected an intact image, got {one_line(error)}") from error
     return torch.from_numpy(np.array(image).reshape(size, size, channels)).permute(2, 0, 1)
 
 
@@ -124,6 +124,9 @@ class ImageFolder(DataModule):
         return files | {name: _images_below(folder) for name, folder in folders.items()}
 
     def _decode(self, files: Sequence[Path]) -> Tensor:
+        from PIL import Image
+
+        Image.init()  # otherwise the first threads race to load decoders
         channels, size, _ = self.shape
         pixels = torch.empty(len(files), *self.shape, dtype=torch.uint8)
         read = partial(read_image, size=size, channels=channels)

@@ -29,6 +29,8 @@ from flows.transforms import (
     SVDCoupling,
     SVDLinear,
     Sylvester,
+    Twist,
+    VariationalDequantize,
 )
 
 __version__ = "0.1.0"
@@ -59,6 +61,8 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "Sylvester",
+    "Twist",
+    "VariationalDequantize",
     "bits_per_dim",
     "distributions",
     "givens",

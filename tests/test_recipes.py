@@ -1,5 +1,7 @@
 """Whole models: they run, invert and refuse what cannot work."""
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from flows.recipes import (
     MaskedSplineFlow,
     RotationSplineFlow,
     SplineCouplingFlow,
+    SylvesterVAE,
+    VolumePreservingFlow,
 )
 from flows.transforms import (
     AffineCoupling,
@@ -57,7 +61,8 @@ each_vector_recipe = pytest.mark.parametrize("recipe", VECTORS, ids=lambda r: r.
 
 
 def test_tables_have_every_recipe():
-    assert {getattr(recipes, name) for name in recipes.__all__} == {*VECTORS, Glow}
+    elsewhere = {Glow, SylvesterVAE, VolumePreservingFlow}
+    assert {getattr(recipes, name) for name in recipes.__all__} == {*VECTORS, *elsewhere}
 
 
 @each_vector_recipe
@@ -97,6 +102,38 @@ def test_vector_recipes_are_made_of_their_arguments(recipe):
         flow(x)
 
 
+@each_vector_recipe
+def test_vector_recipes_take_labels_as_context(recipe):
+    flow = randomized(recipe(3, layers=2, hidden_features=8, classes=4)).eval()
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    log_prob = flow(x, labels)
+    assert (log_prob != flow(x, (labels + 1) % 4)).all()
+    assert flow.sample(2, labels).shape == (4, 2, 3)
+    with pytest.raises(ValueError, match="labels must be 0 to 3, got 1 to 4"):
+        flow(x, labels + 1)
+
+
+@each_vector_recipe
+def test_vector_recipes_take_data_and_context_in_their_own_units(recipe):
+    x, context = torch.randn(200, 2, dtype=torch.float64), torch.randn(200, 1).double()
+    plain = recipe(2, layers=2, hidden_features=8, context_features=1).double()
+    scaled = copy.deepcopy(plain)
+    batches = (x, context), (1e4 + 1e3 * x, 1e5 * context - 1e4)
+    results = []
+    for flow, batch in zip((plain, scaled), batches, strict=True):
+        flow(*batch)  # sets the units, which no parameter may hold
+        torch.manual_seed(1)
+        results.append(randomized(flow).eval()(*batch))
+    torch.testing.assert_close(results[1] + 2 * math.log(1e3), results[0])
+
+
+@pytest.mark.parametrize("recipe", [*VECTORS, Glow])
+def test_columns_and_labels_together_are_refused(recipe):
+    options = GLOW if recipe is Glow else {"features": 2}
+    with pytest.raises(ValueError, match="got context_features=2 and classes=3"):
+        recipe(**options, context_features=2, classes=3)
+
+
 @pytest.mark.parametrize("recipe", [SplineCouplingFlow, MaskedSplineFlow])
 def test_dropout_reaches_the_conditioners(recipe):
     flow = recipe(3, layers=2, dropout=0.25)
@@ -106,7 +143,7 @@ def test_dropout_reaches_the_conditioners(recipe):
 @pytest.mark.parametrize("features", [2, 5])
 def test_two_couplings_bend_every_feature_between_permutations(features):
     flow = randomized(SplineCouplingFlow(features, layers=5, hidden_features=8))
-    _, *layers = flow.transform.transforms
+    _, _, *layers = flow.transform.transforms
     assert [type(layer) for layer in layers] == [
         *[SplineCoupling, SplineCoupling, Permutation] * 2,
         SplineCoupling,
@@ -118,7 +155,7 @@ def test_two_couplings_bend_every_feature_between_permutations(features):
 
 def test_masked_layers_take_opposite_orders_between_permutations():
     flow = randomized(MaskedSplineFlow(3, layers=4, hidden_features=8))
-    _, first, second, permutation, third, fourth = flow.transform.transforms
+    _, _, first, second, permutation, third, fourth = flow.transform.transforms
     assert isinstance(permutation, Permutation)
     assert [m.reverse for m in (first, second, third, fourth)] == [False, True, False, True]
 
@@ -183,10 +220,12 @@ def test_recipes_come_back_from_a_checkpoint(recipe, options, tmp_path: Path):
     assert torch.equal(*samples)
 
 
+@pytest.mark.parametrize("dequantize", ["uniform", "variational"])
 @pytest.mark.parametrize("marginals", ["logit", "empirical"])
 @pytest.mark.parametrize("coupling", ["affine", "spline"])
-def test_glow_undoes_itself(coupling, marginals):
-    flow = randomized(Glow(coupling=coupling, marginals=marginals, **GLOW), 0.1).double()
+def test_glow_undoes_itself(coupling, marginals, dequantize):
+    options = {"coupling": coupling, "marginals": marginals, "dequantize": dequantize}
+    flow = randomized(Glow(**options, **GLOW), 0.1).double()
     images = levels(40)
     flow.train()(images)
     flow.eval()
@@ -278,6 +317,16 @@ def test_glow_of_classes_reads_the_label_everywhere():
     assert flow.sample(2, labels[:4]).shape == (4, 2, *GLOW["shape"])
 
 
+def test_glow_takes_columns_as_context():
+    flow = randomized(Glow(context_features=2, **GLOW), 0.1).double().eval()
+    images, context = levels(4), torch.randn(4, 2, dtype=torch.float64)
+    torch.manual_seed(1)
+    log_prob = flow(images, context)
+    torch.manual_seed(1)
+    assert (log_prob != flow(images, context + 1)).all()
+    assert flow.sample(2, context).shape == (4, 2, *GLOW["shape"])
+
+
 def test_glow_of_classes_learns_what_the_label_says():
     flow = Glow((1, 4, 4), grey_levels=16, levels=1, steps=2, hidden_features=8, classes=2)
     labels = torch.arange(200) % 2
@@ -315,6 +364,7 @@ def test_glow_of_classes_refuses_other_labels(labels, message):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"grey_levels": 1}, "grey_levels must be at least 2, got 1"),
         ({"coupling": "cubic"}, "coupling must be 'spline' or 'affine', got 'cubic'"),
+        ({"dequantize": "none"}, "dequantize must be 'uniform' or 'variational', got 'none'"),
         ({"marginals": "none"}, "marginals must be 'logit' or 'empirical', got 'none'"),
         ({"hidden_features": 0}, "hidden_features must .*, got 0"),
         ({"dropout": 1.5}, "dropout .* got 1.5"),

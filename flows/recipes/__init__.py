@@ -6,6 +6,7 @@ from flows.recipes.masked_spline import MaskedSplineFlow
 from flows.recipes.rotation_spline import RotationSplineFlow
 from flows.recipes.spline_coupling import SplineCouplingFlow
 from flows.recipes.sylvester_vae import SylvesterVAE
+from flows.recipes.volume_preserving import VolumePreservingFlow
 
 __all__ = [
     "GaussianizationFlow",
@@ -14,4 +15,5 @@ __all__ = [
     "RotationSplineFlow",
     "SplineCouplingFlow",
     "SylvesterVAE",
+    "VolumePreservingFlow",
 ]

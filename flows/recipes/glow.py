@@ -7,7 +7,8 @@ from typing import Literal
 from flows.checks import check_at_least
 from flows.distributions import DiagonalNormal, Normal
 from flows.flow import Flow
-from flows.nets import MLP, ConvNet, OneHot
+from flows.nets import MLP, ConvNet
+from flows.recipes.context import embed_context
 from flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -18,6 +19,7 @@ from flows.transforms import (
     Multiscale,
     Rotation1x1,
     SplineCoupling,
+    VariationalDequantize,
 )
 
 __all__ = ["Glow"]
@@ -31,8 +33,8 @@ class Glow(Flow):
     between random permutations or random orthogonal matrices.
 
     With ``classes`` the density is that of an image given its label: ``flow(images, labels)``
-    and ``flow.sample(n, labels)``. Labels reach every conditioner, and mean and scale of the
-    base distribution.
+    and ``flow.sample(n, labels)``, labels being integers (batch,). They reach every
+    conditioner, and mean and scale of the base distribution.
 
     Args:
         shape: Shape (channels, height, width) of one image, height and width divisible by
@@ -44,9 +46,11 @@ class Glow(Flow):
         coupling: ``"spline"`` or ``"affine"``.
         marginals: How [0, 1] is mapped to the real line: ``"logit"``, or ``"empirical"`` for
             each pixel's training distribution, which suits small data.
+        dequantize: Noise between the grey levels: ``"uniform"``, or ``"variational"`` for noise
+            that a small flow learns, a tighter bound at more time per step.
         dropout: Dropout in the conditioners.
-        classes: Number of classes, whose labels, integers (batch,), are then the context;
-            None for none.
+        context_features: Columns of the context; 0 for none.
+        classes: Number of classes, whose labels are the context instead; None for none.
 
     Reference:
         Kingma and Dhariwal (2018), arXiv 1807.03039; there the convolutions are LU matrices.
@@ -68,7 +72,9 @@ class Glow(Flow):
         hidden_features: int = 64,
         coupling: Literal["spline", "affine"] = "affine",
         marginals: Literal["logit", "empirical"] = "logit",
+        dequantize: Literal["uniform", "variational"] = "uniform",
         dropout: float = 0.0,
+        context_features: int = 0,
         classes: int | None = None,
     ) -> None:
         shape = tuple(shape)
@@ -77,11 +83,13 @@ class Glow(Flow):
             raise ValueError(f"coupling must be 'spline' or 'affine', got {coupling!r}.")
         if marginals not in ("logit", "empirical"):
             raise ValueError(f"marginals must be 'logit' or 'empirical', got {marginals!r}.")
-        embedding = None if classes is None else OneHot(classes)
+        if dequantize not in ("uniform", "variational"):
+            raise ValueError(f"dequantize must be 'uniform' or 'variational', got {dequantize!r}.")
+        embedding, width = embed_context(context_features, classes)
         net = partial(
             ConvNet,
             hidden_features=hidden_features,
-            context_features=classes or 0,
+            context_features=width,
             dropout=dropout,
         )
         couple = {"spline": SplineCoupling, "affine": AffineCoupling}[coupling]
@@ -99,12 +107,16 @@ class Glow(Flow):
             )
 
         transforms = [level(channels) for channels, _, _ in Multiscale.shapes(shape, levels)]
-        if classes is None:
-            base = Normal(math.prod(shape))
-        else:
-            label_net = partial(
-                MLP, hidden_features=hidden_features, blocks=0, context_features=classes
+        if width:
+            base_net = partial(
+                MLP, hidden_features=hidden_features, blocks=0, context_features=width
             )
-            base = DiagonalNormal(math.prod(shape), net=label_net)
-        chain = Composite([Dequantize(grey_levels), to_reals, Multiscale(shape, transforms)])
-        super().__init__(chain, base, embedding)
+            base = DiagonalNormal(math.prod(shape), net=base_net)
+        else:
+            base = Normal(math.prod(shape))
+        multiscale = Multiscale(shape, transforms)
+        if dequantize == "uniform":
+            to_continuous = Dequantize(grey_levels)
+        else:
+            to_continuous = VariationalDequantize(shape[0], net, grey_levels, squeeze=True)
+        super().__init__(Composite([to_continuous, to_reals, multiscale]), base, embedding)

@@ -6,7 +6,14 @@ from flows.checks import check_at_least
 from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MADE
-from flows.transforms import ActNorm, Composite, MaskedAutoregressiveSpline, Permutation
+from flows.recipes.context import embed_context
+from flows.transforms import (
+    ActNorm,
+    Composite,
+    MaskedAutoregressiveSpline,
+    Permutation,
+    Standardize,
+)
 
 __all__ = ["MaskedSplineFlow"]
 
@@ -16,8 +23,8 @@ class MaskedSplineFlow(Flow):
 
     g is a rational-quadratic spline. Densities take one pass of every conditioner, samples
     one per feature. Successive layers take the features in opposite orders, and a fixed
-    random permutation after every two makes other orders. A leading ActNorm brings the data
-    to the splines' interval.
+    random permutation after every two makes other orders. A leading Standardize brings the
+    data to the splines' interval, so data, context and samples keep their own units.
 
     Args:
         features: Size of the vectors, at least 1.
@@ -26,7 +33,8 @@ class MaskedSplineFlow(Flow):
         tail_bound: The splines act on [-tail_bound, tail_bound].
         hidden_features: Width of the conditioners, at least ``features``.
         blocks: Residual blocks of the conditioners.
-        context_features: Size of the context; 0 for none.
+        context_features: Columns of the context; 0 for none.
+        classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
 
     Reference:
@@ -48,17 +56,19 @@ class MaskedSplineFlow(Flow):
         hidden_features: int = 64,
         blocks: int = 2,
         context_features: int = 0,
+        classes: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         check_at_least(1, features=features, layers=layers)
+        embedding, width = embed_context(context_features, classes)
         net = partial(
             MADE,
             hidden_features=hidden_features,
             blocks=blocks,
-            context_features=context_features,
+            context_features=width,
             dropout=dropout,
         )
-        transforms = [ActNorm(features)]
+        transforms = [Standardize(features), ActNorm(features)]
         for layer in range(layers):
             if layer and layer % 2 == 0:
                 transforms.append(Permutation(features))
@@ -67,4 +77,4 @@ class MaskedSplineFlow(Flow):
                     features, net, bins=bins, tail_bound=tail_bound, reverse=layer % 2 == 1
                 )
             )
-        super().__init__(Composite(transforms), Normal(features))
+        super().__init__(Composite(transforms), Normal(features), embedding)

@@ -6,7 +6,8 @@ from flows.checks import check_at_least
 from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MLP
-from flows.transforms import ActNorm, Composite, Permutation, SplineCoupling
+from flows.recipes.context import embed_context
+from flows.transforms import ActNorm, Composite, Permutation, SplineCoupling, Standardize
 
 __all__ = ["SplineCouplingFlow"]
 
@@ -16,7 +17,8 @@ class SplineCouplingFlow(Flow):
 
     g is a rational-quadratic spline in every feature. Successive couplings exchange the
     halves, so that every two of them bend every feature; a fixed random permutation after
-    them makes other halves. A leading ActNorm brings the data to the splines' interval.
+    them makes other halves. A leading Standardize brings the data to the splines' interval, so
+    data, context and samples keep their own units.
 
     Args:
         features: Size of the vectors, at least 2.
@@ -25,7 +27,8 @@ class SplineCouplingFlow(Flow):
         tail_bound: The splines act on [-tail_bound, tail_bound].
         hidden_features: Width of the conditioners.
         blocks: Residual blocks of the conditioners.
-        context_features: Size of the context; 0 for none.
+        context_features: Columns of the context; 0 for none.
+        classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
 
     Reference:
@@ -47,18 +50,20 @@ class SplineCouplingFlow(Flow):
         hidden_features: int = 64,
         blocks: int = 2,
         context_features: int = 0,
+        classes: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
+        embedding, width = embed_context(context_features, classes)
         net = partial(
             MLP,
             hidden_features=hidden_features,
             blocks=blocks,
-            context_features=context_features,
+            context_features=width,
             dropout=dropout,
         )
-        transforms = [ActNorm(features)]
+        transforms = [Standardize(features), ActNorm(features)]
         for layer in range(layers):
             if layer and layer % 2 == 0:
                 transforms.append(Permutation(features))
@@ -67,4 +72,4 @@ class SplineCouplingFlow(Flow):
                     features, net, bins=bins, tail_bound=tail_bound, flip=layer % 2 == 1
                 )
             )
-        super().__init__(Composite(transforms), Normal(features))
+        super().__init__(Composite(transforms), Normal(features), embedding)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flows.native import parallel
-from flows.splines.loops import CHUNK, LANES, compiled_loops
+from flows.splines.loops import CHUNK, LANES, apply_splines, compiled_loop, pull_splines
 from flows.splines.plain import MIN_BIN, MIN_SLOPE, SLOPE_OFFSET
 
 __all__ = ["pull", "spline"]
@@ -27,7 +27,6 @@ def spline(
     layout = _Layout(inputs, parameters)
     x, raw = layout.values(inputs), layout.rows(parameters)
     y, log_slope = torch.empty_like(x), torch.empty_like(x)
-    apply_splines, _ = compiled_loops(x.numpy().dtype)
     _run(apply_splines, (x, raw, y, log_slope), tail_bound, inverse)
     return layout.values_back(y), layout.values_back(log_slope)
 
@@ -42,16 +41,11 @@ def pull(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of inputs and parameters from those of outputs and log slopes."""
     layout = _Layout(inputs, parameters)
-    x, raw, grad, grad_log = (
-        layout.values(inputs),
-        layout.rows(parameters),
-        layout.values(grad),
-        layout.values(grad_log),
-    )
+    x, grad, grad_log = map(layout.values, (inputs, grad, grad_log))
+    raw = layout.rows(parameters)
     dx, chunks = torch.empty_like(x), -(-x.shape[-1] // CHUNK)
     # Every chunk of a spline's inputs has a gradient of its own.
     draw = torch.empty_like(raw)[None] if chunks == 1 else raw.new_empty((chunks, *raw.shape))
-    _, pull_splines = compiled_loops(x.numpy().dtype)
     _run(pull_splines, (x, raw, grad, grad_log, dx, draw), tail_bound, inverse)
     return layout.values_back(dx), layout.rows_back(draw[0] if chunks == 1 else draw.sum(0))
 
@@ -96,5 +90,6 @@ def _run(loop: Callable, tensors: tuple[Tensor, ...], tail_bound: float, inverse
     jobs = -(-outer * inner // LANES) * -(-inputs // CHUNK)
     threads = min(torch.get_num_threads(), outer * inner * inputs // INPUTS_PER_THREAD)
     limits = float(tail_bound), MIN_BIN, MIN_SLOPE, SLOPE_OFFSET
-    given = *(tensor.numpy() for tensor in tensors), limits, inverse
-    parallel(loop, given, jobs, max(1, threads))
+    arrays = [tensor.numpy() for tensor in tensors]
+    given = *arrays, limits, inverse
+    parallel(compiled_loop(loop, arrays[0].dtype), given, jobs, max(1, threads))

@@ -17,13 +17,13 @@ from numba.np.numpy_support import from_dtype
 
 from flows.native import njit
 
-__all__ = ["CHUNK", "LANES", "compiled_loops"]
+__all__ = ["CHUNK", "LANES", "apply_splines", "compiled_loop", "pull_splines"]
 
 _helper = partial(njit, fuse=True)
 _inlined = partial(njit, fuse=True, inline=True)
 
 # Splines, or inputs of one spline, that are worked on side by side.
-LANES = 128
+LANES = 64
 # Inputs of one spline that make a job.
 CHUNK = 512
 # Fewer splines than these side by side in memory are read one by one.
@@ -400,15 +400,13 @@ def pull_splines(
         _save_rows(sums, spline, lanes, draw[job % chunks])
 
 
+# Numbers of axes of the arrays that the loops take.
+_ARRAYS = {apply_splines: (3, 3, 3, 3), pull_splines: (3, 3, 3, 3, 3, 4)}
+
+
 @lru_cache
-def compiled_loops(dtype):
-    """Both loops for arrays of this type, with whatever strides."""
-
-    def array(ndim):
-        return types.Array(from_dtype(dtype), ndim, "A")
-
+def compiled_loop(loop, dtype):
+    """One of the two loops, for arrays of this type, whatever their strides."""
+    arrays = (types.Array(from_dtype(dtype), axes, "A") for axes in _ARRAYS[loop])
     limits, share = types.UniTuple(types.float64, 4), (types.intp,) * 3
-    given = array(3), array(3), array(3), array(3)
-    apply_types = types.void(*given, limits, types.boolean, *share)
-    pull_types = types.void(*given, array(3), array(4), limits, types.boolean, *share)
-    return _helper(apply_splines, apply_types), _helper(pull_splines, pull_types)
+    return _helper(loop, types.void(*arrays, limits, types.boolean, *share))

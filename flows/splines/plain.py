@@ -19,25 +19,26 @@ def spline(
     inputs: Tensor, parameters: Tensor, tail_bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Outputs and log slopes; parameters have one axis more than inputs, and broadcast."""
-    bins = (parameters.shape[-1] + 1) // 3
+    # Tables lie before the inputs' axes: neighbours in memory are neighbouring splines.
+    rows = parameters.movedim(-1, 0)
+    bins = (len(rows) + 1) // 3
     inside = inputs.abs() <= tail_bound
     values = inputs.clamp(-tail_bound, tail_bound)
 
-    # Widths and heights side by side: (..., 2, bins).
-    shares = parameters[..., : 2 * bins].unflatten(-1, (2, bins)).softmax(-1)
+    shares = rows[: 2 * bins].unflatten(0, (2, bins)).softmax(1)  # of widths and of heights
     sizes = 2 * tail_bound * (MIN_BIN / bins + (1 - MIN_BIN) * shares)
-    inner = sizes[..., :-1].cumsum(-1) - tail_bound
-    left = functional.pad(inner, (1, 0), value=-tail_bound)
+    with torch.no_grad():
+        ends = sizes[1 if inverse else 0, :-1].cumsum(0) - tail_bound
+        passed = values >= ends
+        index = passed.sum(0, keepdim=True)
+    # The left end is the sum of what is passed: cheaper to differentiate than running sums.
+    x_k, y_k = ((sizes[:, :-1] * passed).sum(1) - tail_bound).unbind(0)
+    w, h = _chosen(sizes, 1, index.expand(2, *index.shape)).squeeze(1).unbind(0)
     # The ends' slopes are 1, which is what a raw slope of zero means.
-    raw_slopes = functional.pad(parameters[..., 2 * bins :], (1, 1))
-
-    searched = inner[..., 1 if inverse else 0, :]
-    index = (values.unsqueeze(-1) >= searched).sum(-1, keepdim=True)
-    both = index.unsqueeze(-1).expand(*index.shape[:-1], 2, 1)
-    x_k, y_k = _chosen(left, both).squeeze(-1).unbind(-1)
-    w, h = _chosen(sizes, both).squeeze(-1).unbind(-1)
-    chosen = _chosen(raw_slopes, torch.cat([index, index + 1], -1))
-    d_left, d_right = (MIN_SLOPE + functional.softplus(chosen + SLOPE_OFFSET)).unbind(-1)
+    end = torch.zeros_like(rows[:1])
+    raw_slopes = torch.cat([end, rows[2 * bins :], end])
+    chosen = _chosen(raw_slopes, 0, torch.cat([index, index + 1]))
+    d_left, d_right = (MIN_SLOPE + functional.softplus(chosen + SLOPE_OFFSET)).unbind(0)
     m = h / w
     curvature = d_left + d_right - 2 * m
 
@@ -67,6 +68,7 @@ def spline(
     return torch.where(inside, outputs, inputs), log_slope
 
 
-def _chosen(table: Tensor, index: Tensor) -> Tensor:
-    """Entries of the last axis, where the table may broadcast to the index."""
-    return table.expand(*index.shape[:-1], -1).gather(-1, index)
+def _chosen(table: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Entries along an axis, where the axes behind it may broadcast."""
+    behind = index.shape[axis + 1 :]
+    return table.expand(*table.shape[: axis + 1], *behind).gather(axis, index)

@@ -220,10 +220,10 @@ class RunCLI(LightningCLI):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and exit status 2."""
+    """Turn a user's mistake, or a missing extra, into one line on stderr and exit status 2."""
     try:
         yield
-    except (ArgumentError, ValueError, OSError, MisconfigurationException) as error:
+    except (ArgumentError, ValueError, OSError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # What jsonargparse says of the alternatives to the type that was meant.
         message = re.sub(r"Does not validate against any .*? Errors: - ", "", message)

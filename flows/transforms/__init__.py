@@ -28,6 +28,8 @@ from flows.transforms.standardize import Standardize
 from flows.transforms.svd_coupling import SVDCoupling
 from flows.transforms.svd_linear import SVDLinear
 from flows.transforms.sylvester import Sylvester
+from flows.transforms.twist import Twist
+from flows.transforms.variational_dequantize import VariationalDequantize
 
 __all__ = [
     "ActNorm",
@@ -58,4 +60,6 @@ __all__ = [
     "Standardize",
     "Sylvester",
     "Transform",
+    "Twist",
+    "VariationalDequantize",
 ]

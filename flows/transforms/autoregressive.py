@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
+from flows.splines import rational_quadratic_spline, spline_parameters
 from flows.transforms.base import Transform, check_vectors, sum_features
-from flows.transforms.spline import rational_quadratic_spline, spline_parameters
 
 __all__ = ["MaskedAutoregressive", "MaskedAutoregressiveAffine", "MaskedAutoregressiveSpline"]
 

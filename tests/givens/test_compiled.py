@@ -177,22 +177,6 @@ def test_a_forked_process_works_on_its_own(two_threads):
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize("openmp", [True, False])
-def test_shares_cover_all_jobs_once_and_errors_come_out(openmp, monkeypatch):
-    if not openmp:
-        monkeypatch.setattr(compiled, "_openmp", lambda: None)
-    done = []
-    compiled._parallel(lambda *share: done.append(share), ("given",), 7, 3)
-    assert sorted(done) == [("given", 0, 0, 2), ("given", 1, 2, 4), ("given", 2, 4, 7)]
-
-    def fail(k, first, last):
-        if k == 1:
-            raise RuntimeError("not this share")
-
-    with pytest.raises(RuntimeError, match="not this share"):
-        compiled._parallel(fail, (), 7, 3)
-
-
 def test_tensors_elsewhere_are_refused():
     angles = torch.zeros(6, device="meta")
     with pytest.raises(ValueError, match="works on the CPU, got tensors on meta"):

@@ -249,6 +249,14 @@ def test_a_mistake_is_one_line(args, words, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_extra_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    printed = refused(capsys, "--data=datasets.images.MNIST", "--data.init_args.download=true")
+    assert "extra `vision`" in printed
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_command_is_refused():
     with pytest.raises(SystemExit, match="unknown command evaluate: expected fit, test, sample"):
         train.main(["evaluate"])
