@@ -54,6 +54,8 @@ def spline(
         xi = torch.where(rising, 2 * m * rise, root - b) / torch.where(rising, root + b, 2 * a)
     else:
         xi = (values - x_k) / w
+    # Rounding may put it outside its bin, where the slope need not be positive.
+    xi = xi + (xi.clamp(0, 1) - xi).detach()
     rest = 1 - xi
     mixed = xi * rest
     denominator = m + curvature * mixed
