@@ -1,8 +1,9 @@
 # Everything runs in .venv, which is built once and again whenever the requirements change.
 PYTHON ?= python3
 BIN := .venv/bin
+VISION := .venv-vision
 
-.PHONY: setup train test lint format notebooks bench fashion-mnist
+.PHONY: setup train test vision-test lint format notebooks bench fashion-mnist
 
 setup: .venv/.stamp
 
@@ -16,6 +17,21 @@ train: setup  ## make train ARGS="--config configs/images/digits.yaml"
 
 test: setup  ## the whole suite, notebooks included
 	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# torchvision beside .venv's packages: merely installed among them it would break Lightning
+# wherever its wheel does not match torch.
+$(VISION)/.stamp: .venv/.stamp tests/datasets/vision_shim.py
+	test -x $(VISION)/bin/python || $(BIN)/python -m venv $(VISION)
+	$(VISION)/bin/python -m pip install --quiet --no-deps -c constraints.txt torchvision
+	where='import site; print(site.getsitepackages()[0])' && \
+	packages=$$($(VISION)/bin/python -c "$$where") && \
+	cp tests/datasets/vision_shim.py "$$packages" && \
+	{ $(BIN)/python -c "$$where"; echo 'import vision_shim'; } > "$$packages/vision.pth"
+	touch $@
+
+vision-test: setup $(VISION)/.stamp  ## our image sets against torchvision itself
+	WANDB_MODE=offline OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest \
+		tests/datasets/test_torchvision.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@
   python train.py --trainer.logger=WandbLogger          Weights & Biases as well
   python train.py test --ckpt_path runs/.../best.ckpt
   python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8
+  python train.py sample --ckpt_path runs/.../best.ckpt --labels 0,1,2
 
 Without a subcommand it fits. fit, test and sample have --help of their own; fit
 lists all keys.
@@ -38,24 +39,49 @@ def test(args: list[str]) -> None:
     with one_line_errors():
         cli = RunCLI(args)
         cli.datamodule.setup("test")
+        cli.model.initialize(cli.datamodule)
     print_metrics(cli.test())
 
 
 def sample(args: list[str]) -> None:
     from flows.training.cli import one_line_errors
-    from flows.training.sampling import write_samples
+    from flows.training.sampling import read_context, write_samples
 
     parser = argparse.ArgumentParser("train.py sample", description="Draw samples from a flow.")
     parser.add_argument("--ckpt_path", required=True, help="run folder or checkpoint")
-    parser.add_argument("--num_samples", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="file ending in .png, .npy or .csv")
+    parser.add_argument(
+        "--num_samples", type=int, help="64, or 8 for each label or row of context"
+    )
+    parser.add_argument("--labels", help="classes to draw from, as in 3 or 0,1,2")
+    parser.add_argument(
+        "--context", help="rows to draw given: .npy, or .csv with or without a header"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="times the noise's standard deviation"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument(
+        "--output",
+        help="file ending in .npy: (num_samples, ...), or (rows, num_samples, ...) given "
+        "labels or context; .csv: a line per sample; .png: a line or panel per label or row",
+    )
     given = parser.parse_args(args)
     with one_line_errors():
+        labels = context = None
+        if given.labels is not None:
+            try:
+                labels = [int(label) for label in given.labels.split(",")]
+            except ValueError:
+                raise ValueError(
+                    f"labels must be whole numbers with commas between, got {given.labels}."
+                ) from None
+        if given.context is not None:
+            context = read_context(given.context)
         path = write_samples(
             given.ckpt_path,
             given.num_samples,
+            labels=labels,
+            context=context,
             temperature=given.temperature,
             seed=given.seed,
             output=given.output,

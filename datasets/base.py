@@ -47,12 +47,13 @@ class EpochLoader(ABC):
 
 
 class Batches(EpochLoader):
-    """Slices of tensors in memory, in an order that depends on ``(seed, epoch)`` alone.
+    """Rows of tensors in memory, in an order that depends on ``(seed, epoch)`` alone.
 
     So a resumed run sees the batches that the uninterrupted one would have seen.
 
     Args:
-        tensors: Tensors of the same length; a batch is a tuple with a slice of each.
+        tensors: Tensors of the same length, or what gives a tensor for chosen rows; a batch
+            is a tuple with some rows of each.
         batch_size: Rows per batch; the last one may be smaller.
         shuffle: Draw a new order every epoch.
         seed: Seed of the orders.
@@ -98,8 +99,9 @@ class DataModule(LightningDataModule):
             k = 0 ... L-1, the lower edges of bins in [0, 1); training then logs bits/dim.
         classes: Number of classes, if the splits hold labels: int64 (rows,), 0 ... classes-1.
         context_features: Number of context columns, if the splits hold a context of numbers.
-        splits: ``"train"``, ``"val"``, ``"test"`` to a tuple of tensors, inputs first,
-            labels or context (if any) second.
+        splits: ``"train"``, ``"val"``, ``"test"`` to a tuple of tensors, or of what gives a
+            tensor for chosen rows, ``[:5]`` or ``[row numbers]``; inputs first, labels or
+            context (if any) second.
     """
 
     shape: tuple[int, ...]

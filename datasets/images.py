@@ -1,91 +1,39 @@
-"""Images: scikit-learn's 8x8 digits, and Fashion-MNIST from IDX files."""
+"""Images: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR-10 and SVHN."""
 
-import gzip
-import math
-import os
-import struct
-import zlib
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.base import DataModule
+from datasets.errors import one_line
+from datasets.idx import read_idx
+from datasets.image_files import CLASSES, check_labels, read_cifar, read_svhn
 
-__all__ = ["Digits", "FashionMNIST", "read_idx"]
-
-# A .gz of 300 kB can hold this many bytes; whoever means more unpacks the file first.
-GZIP_LIMIT = 2**28
-CHUNK = 2**20
+__all__ = ["CIFAR10", "MNIST", "SVHN", "Digits", "FashionMNIST", "GreyLevels", "ImageSet"]
 
 
-def read_idx(path: str | Path) -> Tensor:
-    """The array in an IDX file of unsigned bytes, plain or gzipped (told by content).
+class GreyLevels:
+    """Images kept as bytes k; whatever rows are asked for come as float32, k / 256.
 
-    The header is not trusted with memory: a plain file is first compared with its
-    length, and gzipped data may fill at most 256 MiB.
+    A quarter of the memory of float32; converting a batch takes a fraction of a millisecond.
 
     Args:
-        path: An IDX file: magic ``0x0000080k``, k big-endian 32-bit sizes, then the bytes.
-
-    Returns:
-        The sizes' shape, dtype uint8.
-
-    Raises:
-        ValueError: The file is no such file, is damaged, or has fewer or more bytes
-            than its header says.
-        FileNotFoundError: There is no file.
-
-    Reference:
-        The IDX format, http://yann.lecun.com/exdb/mnist
+        pixels: uint8, (rows, channels, height, width).
+        padding: Zeros on each side.
     """
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not gzipped:
-            return _read(file, path, limit=os.fstat(file.fileno()).st_size)
-        try:
-            with gzip.GzipFile(fileobj=file) as stream:
-                return _read(stream, path, limit=GZIP_LIMIT)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: expected intact gzip data, got: {error}.") from error
 
+    def __init__(self, pixels: Tensor, padding: int = 0) -> None:
+        self.pixels = pixels
+        self.padding = padding
 
-def _read(stream: BinaryIO, path: str | Path, *, limit: int) -> Tensor:
-    """``read_idx`` of an unzipped stream that has, or is allowed, at most limit bytes."""
-    start = stream.read(4)
-    magic = int.from_bytes(start, "big")
-    if len(start) < 4 or not 0x0801 <= magic <= 0x080F:
-        raise ValueError(
-            f"{path}: expected IDX unsigned bytes, magic 0x0000080k, "
-            f"got {f'0x{start.hex()}' if start else 'an empty file'}."
-        )
-    dims = magic & 0xF
-    header = stream.read(4 * dims)
-    if len(header) < 4 * dims:
-        raise ValueError(
-            f"{path}: expected an IDX header with {dims} sizes, {4 + 4 * dims} bytes, "
-            f"got {4 + len(header)}."
-        )
-    shape = struct.unpack(f">{dims}I", header)
-    if 0 in shape:
-        raise ValueError(f"{path}: expected sizes of at least 1, got {shape}.")
-    size = math.prod(shape)
-    if size > limit:
-        raise ValueError(
-            f"{path}: expected {size} bytes for shape {shape}, got a file of at most {limit} "
-            f"(a .gz is read up to {GZIP_LIMIT}: unpack a larger one)."
-        )
-    # One byte more finds a longer file, and the end of a gzip stream, where its checksum is.
-    data = bytearray()
-    while chunk := stream.read(min(CHUNK, size + 1 - len(data))):
-        data += chunk
-    if len(data) != size:
-        came = len(data) if len(data) < size else "more"
-        raise ValueError(f"{path}: expected {size} bytes for shape {shape}, got {came}.")
-    return torch.frombuffer(data, dtype=torch.uint8).reshape(shape)
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        return F.pad(self.pixels[rows], [self.padding] * 4).float().div_(256)
 
 
 class Digits(DataModule):
@@ -95,10 +43,11 @@ class Digits(DataModule):
 
     Args:
         batch_size: Images per training batch.
+        labels: Give the digit too.
         seed: Seed of the batches' order.
 
     Shape:
-        inputs (batch, 1, 8, 8), float32, k / 17
+        inputs (batch, 1, 8, 8), float32, k / 17; labels (batch,)
 
     Reference:
         ``sklearn.datasets.load_digits``, the test part of UCI's "Optical Recognition of
@@ -108,45 +57,45 @@ class Digits(DataModule):
     shape = (1, 8, 8)
     grey_levels = 17
 
-    def __init__(self, *, batch_size: int = 100, seed: int = 0) -> None:
+    def __init__(self, *, batch_size: int = 100, labels: bool = False, seed: int = 0) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
+        self.classes = CLASSES if labels else None
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
         from sklearn.datasets import load_digits
 
-        images = torch.from_numpy(load_digits().images).float()[:, None] / self.grey_levels
-        self.splits = {
-            "train": (images[:1000],),
-            "val": (images[1000:1350],),
-            "test": (images[1350:],),
-        }
+        digits = load_digits()
+        tensors = [torch.from_numpy(digits.images).float()[:, None] / self.grey_levels]
+        if self.classes:
+            tensors.append(torch.from_numpy(digits.target).long())
+        parts = zip(*(tensor.split([1000, 350, 447]) for tensor in tensors), strict=True)
+        self.splits = dict(zip(("train", "val", "test"), parts, strict=True))
 
 
-class FashionMNIST(DataModule):
-    """60,000 + 10,000 pictures of clothes, 28x28 pixels of 256 grey levels, without labels.
+class ImageSet(DataModule, ABC):
+    """8-bit images of ten classes in a training and a test file; choose a subclass.
 
-    Reads torchvision's layout, ``root/FashionMNIST/raw/train-images-idx3-ubyte`` and
-    ``t10k-images-idx3-ubyte``, as they are or with ``.gz``. As float32 the splits hold
-    220 MB, with ``padding=2`` 287 MB.
+    Files are looked for where torchvision puts them, and torchvision (extra ``vision``) is
+    needed only to download them.
 
     Args:
-        root: Folder that holds ``FashionMNIST/raw``.
+        root: Folder of the data.
         batch_size: Images per training batch.
         val_size: Images at the end of the training file that validate instead.
-        seed: Seed of the batches' order.
-        padding: Zeros on each side: 2 makes 32x32 for multiscale flows. Bits per
+        labels: Give the class too.
+        padding: Zeros on each side: 2 makes 32x32 of 28x28 for multiscale flows. Bits per
             dimension then count the padding among the dimensions.
+        download: Let torchvision download what is missing.
+        seed: Seed of the batches' order.
 
     Shape:
-        inputs (batch, 1, 28 + 2 padding, 28 + 2 padding), float32, k / 256
-
-    Reference:
-        Xiao, Rasul, Vollgraf (2017), arXiv 1708.07747
+        inputs (batch, channels, height, width), float32, k / 256; labels (batch,)
     """
 
     grey_levels = 256
+    image_shape: tuple[int, int, int]
 
     def __init__(
         self,
@@ -154,8 +103,10 @@ class FashionMNIST(DataModule):
         *,
         batch_size: int = 128,
         val_size: int = 5_000,
-        seed: int = 0,
+        labels: bool = False,
         padding: int = 0,
+        download: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
         if val_size < 1:
@@ -164,41 +115,166 @@ class FashionMNIST(DataModule):
             raise ValueError(f"padding must be at least 0, got {padding}.")
         self.root = root
         self.val_size = val_size
+        self.classes = CLASSES if labels else None
         self.padding = padding
-        self.shape = (1, 28 + 2 * padding, 28 + 2 * padding)
+        self.download = download
+        channels, height, width = self.image_shape
+        self.shape = (channels, height + 2 * padding, width + 2 * padding)
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        train, test = (self._images(self._file(name)) for name in ("train", "t10k"))
-        if self.val_size >= len(train):
+        root = Path(self.root).expanduser()
+        try:
+            train, test = (self._read(root, train=train) for train in (True, False))
+        except FileNotFoundError:
+            if not self.download:
+                raise
+            self._download(root)
+            train, test = (self._read(root, train=train) for train in (True, False))
+        rest = len(train[0]) - self.val_size
+        if rest < 1:
             raise ValueError(
-                f"val_size must be below the {len(train)} images of the training file, "
+                f"val_size must be below the {len(train[0])} images of the training file, "
                 f"got {self.val_size}."
             )
+        splits = {
+            "train": [tensor[:rest] for tensor in train],
+            "val": [tensor[rest:] for tensor in train],
+            "test": test,
+        }
         self.splits = {
-            "train": (train[: -self.val_size],),
-            "val": (train[-self.val_size :],),
-            "test": (test,),
+            name: (GreyLevels(pixels, self.padding), *labels)
+            for name, (pixels, *labels) in splits.items()
         }
 
-    def _file(self, name: str) -> Path:
-        folder = Path(self.root).expanduser() / "FashionMNIST" / "raw"
-        plain = folder / f"{name}-images-idx3-ubyte"
-        for path in (plain, plain.with_name(f"{plain.name}.gz")):
-            if path.is_file():
-                return path
-        raise FileNotFoundError(
-            f"Found neither {plain} nor {plain.name}.gz beside it. `make fashion-mnist` puts "
-            f"them under ./data where apt exists; elsewhere torchvision's "
-            f"FashionMNIST({self.root!r}, download=True) does."
-        )
+    @abstractmethod
+    def _read(self, root: Path, *, train: bool) -> tuple[Tensor, ...]:
+        """Pixels (rows, *image_shape), uint8, and, if wanted, classes (rows,), int64."""
 
-    def _images(self, path: Path) -> Tensor:
+    @abstractmethod
+    def _download(self, root: Path) -> None:
+        """Put the files where ``_read`` looks for them."""
+
+
+class MNIST(ImageSet):
+    """60,000 + 10,000 handwritten digits, 28x28 pixels of 256 grey levels.
+
+    Reads ``root/MNIST/raw/train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, for
+    labels also ``...-labels-idx1-ubyte``, as they are or with ``.gz``. The splits hold 55 MB.
+
+    Reference:
+        LeCun, Bottou, Bengio, Haffner (1998), http://yann.lecun.com/exdb/mnist
+    """
+
+    image_shape = (1, 28, 28)
+    folder = "MNIST"  # and torchvision's name
+    hint = ""
+
+    def _read(self, root: Path, *, train: bool) -> tuple[Tensor, ...]:
+        start = "train" if train else "t10k"
+        path = self._file(root, f"{start}-images-idx3-ubyte")
         images = read_idx(path)
         if images.shape[1:] != (28, 28):
             raise ValueError(
                 f"{path}: expected images of shape (count, 28, 28), got {tuple(images.shape)}."
             )
-        # Bytes divided directly would pass through a second float copy.
-        return F.pad(images, [self.padding] * 4)[:, None].float().div_(self.grey_levels)
+        if not self.classes:
+            return (images[:, None],)
+        path = self._file(root, f"{start}-labels-idx1-ubyte")
+        return images[:, None], check_labels(path, read_idx(path), len(images))
+
+    def _file(self, root: Path, name: str) -> Path:
+        plain = root / self.folder / "raw" / name
+        for path in (plain, plain.with_name(f"{name}.gz")):
+            if path.is_file():
+                return path
+        raise FileNotFoundError(
+            f"found neither {plain} nor {name}.gz beside it; {self.hint}download=True fetches "
+            "it through torchvision, where there is a network."
+        )
+
+    def _download(self, root: Path) -> None:
+        _fetch(self.folder, root)
+
+
+class FashionMNIST(MNIST):
+    """60,000 + 10,000 pictures of clothes, 28x28 pixels of 256 grey levels.
+
+    Reads ``root/FashionMNIST/raw`` as :class:`MNIST` does its folder.
+
+    Reference:
+        Xiao, Rasul, Vollgraf (2017), arXiv 1708.07747
+    """
+
+    folder = "FashionMNIST"
+    hint = "`make fashion-mnist` puts it under ./data where apt exists; elsewhere "
+
+
+class CIFAR10(ImageSet):
+    """50,000 + 10,000 colour pictures of ten kinds of things, 32x32 pixels of 256 levels.
+
+    Reads ``root/cifar-10-batches-py/data_batch_1`` to ``data_batch_5`` and ``test_batch``, the
+    "python version". They are pickles, of which only arrays, numbers and text are read: no
+    code that a file may carry is run. The splits hold 184 MB.
+
+    Reference:
+        Krizhevsky (2009), https://www.cs.toronto.edu/~kriz/cifar.html
+    """
+
+    image_shape = (3, 32, 32)
+
+    def _read(self, root: Path, *, train: bool) -> tuple[Tensor, ...]:
+        names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
+        batches = [read_cifar(_existing(root / "cifar-10-batches-py" / name)) for name in names]
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return (images, labels) if self.classes else (images,)
+
+    def _download(self, root: Path) -> None:
+        _fetch("CIFAR10", root)
+
+
+class SVHN(ImageSet):
+    """73,257 + 26,032 house numbers in the street, 32x32 colour pixels of 256 levels.
+
+    Reads ``root/train_32x32.mat`` and ``root/test_32x32.mat``. The splits hold 305 MB.
+
+    Reference:
+        Netzer et al. (2011), http://ufldl.stanford.edu/housenumbers
+    """
+
+    image_shape = (3, 32, 32)
+
+    def _read(self, root: Path, *, train: bool) -> tuple[Tensor, ...]:
+        path = root / f"{'train' if train else 'test'}_32x32.mat"
+        images, labels = read_svhn(_existing(path))
+        return (images, labels) if self.classes else (images,)
+
+    def _download(self, root: Path) -> None:
+        _fetch("SVHN", root, split="train")
+        _fetch("SVHN", root, split="test")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"found no file {path}; download=True fetches it through torchvision, where there "
+            "is a network."
+        )
+    return path
+
+
+def _fetch(name: str, root: Path, **which: str) -> None:
+    """Let torchvision download the data set of this name into root."""
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        # Beside a torch build that it does not match, its import ends in a RuntimeError.
+        raise ImportError(
+            "download=True needs torchvision, the extra `vision`, beside a torch build that it "
+            f"matches: {one_line(error)}"
+        ) from error
+    try:
+        getattr(datasets, name)(str(root), download=True, **which)
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"{name} could not be downloaded into {root}: {one_line(error)}") from error

@@ -8,6 +8,8 @@ from typing import TextIO
 
 import numpy as np
 
+from datasets.errors import one_line
+
 __all__ = ["read_columns", "read_names"]
 
 # A header of 10,000 names fits easily; a binary file without line ends does not.
@@ -78,10 +80,6 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 # CSV
 
 
@@ -89,7 +87,7 @@ def _csv_names(path: Path, delimiter: str) -> list[str]:
     for _, cells in _csv_rows(path, delimiter):
         names = [cell.strip() for cell in cells]
         positions = [str(column) for column in range(len(names))]
-        if names != positions and any(map(_is_number, names)):
+        if names != positions and all(map(_is_number, names)):
             raise ValueError(
                 f"{path}: expected column names in the first row, got {_shown(names)}."
             )
@@ -172,7 +170,7 @@ def _open_npy(path: Path) -> np.ndarray:
     except ValueError as error:
         raise ValueError(
             f"{path}: expected an NPY file of plain numbers, without pickled objects, "
-            f"got: {_one_line(error)}"
+            f"got: {one_line(error)}"
         ) from error
     if values.dtype.kind not in "fiub":
         raise ValueError(f"{path}: expected real numbers, got an array of {values.dtype}.")
@@ -188,7 +186,7 @@ def _open_parquet(path: Path):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise ImportError(
             "Parquet files need pyarrow: pip install -c constraints.txt -e '.[tables]'"
         ) from error
     try:
@@ -198,7 +196,7 @@ def _open_parquet(path: Path):
 
 
 def _damaged_parquet(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: expected an intact Parquet file, got: {_one_line(error)}")
+    return ValueError(f"{path}: expected an intact Parquet file, got: {one_line(error)}")
 
 
 def _parquet_columns(path: Path, columns: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Tables of numbers: any CSV, NPY or Parquet file, and scikit-learn's breast cancer data."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,68 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.base import DataModule, seeded_generator
+from datasets.base import DataModule
+from datasets.divide import check_fractions, divide
 from datasets.table_files import read_columns, read_names
 
 __all__ = ["BreastCancer", "Table"]
 
 
-class _Rows(DataModule):
-    """Rows of one table, divided into train, val and test at random.
-
-    Args:
-        batch_size: Rows per training batch.
-        val_fraction: Part of the rows that validate.
-        test_fraction: Part of the rows that test.
-        split_seed: Seed of the division, which no other seed changes; None keeps the order
-            of the rows: the last ones test, those before validate.
-        seed: Seed of the batches' order.
-    """
-
-    def __init__(
-        self,
-        *,
-        batch_size: int,
-        val_fraction: float,
-        test_fraction: float,
-        split_seed: int | None,
-        seed: int,
-    ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
-        for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 < fraction < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {fraction}.")
-        if val_fraction + test_fraction >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction must leave rows to train on, got "
-                f"{val_fraction} and {test_fraction}."
-            )
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.split_seed = split_seed
-
-    def _divide(self, source: str | Path, *tensors: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        rows = len(tensors[0])
-        rest = 1 - self.val_fraction - self.test_fraction
-        # One row to validate, one to test, two to have a deviation.
-        parts = ((1, self.val_fraction), (1, self.test_fraction), (2, rest))
-        needed = max(math.ceil(count / part) for count, part in parts)
-        if rows < needed:
-            raise ValueError(
-                f"{source}: expected at least {needed} rows for val_fraction "
-                f"{self.val_fraction} and test_fraction {self.test_fraction}, got {rows}."
-            )
-        order = torch.arange(rows)
-        if self.split_seed is not None:
-            order = torch.randperm(rows, generator=seeded_generator(self.split_seed))
-        val, test = (max(1, int(rows * f)) for f in (self.val_fraction, self.test_fraction))
-        chosen = zip(
-            ("train", "val", "test"), order.split([rows - val - test, val, test]), strict=True
-        )
-        return {name: tuple(tensor[part] for tensor in tensors) for name, part in chosen}
-
-
-class Table(_Rows):
+class Table(DataModule):
     """A table of numbers from a file, in its own units, some columns as context if wished.
 
     Nothing is rescaled here. Begin the flow with :class:`flows.Standardize`, which takes its
@@ -110,13 +55,10 @@ class Table(_Rows):
         seed: int = 0,
         delimiter: str = ",",
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            seed=seed,
-        )
+        super().__init__(batch_size=batch_size, seed=seed)
+        check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_seed = split_seed
         if len(delimiter) != 1 or delimiter in '\r\n" ':
             raise ValueError(f"delimiter must be one character, got {delimiter!r}.")
         self.path = path
@@ -145,8 +87,8 @@ class Table(_Rows):
         tensors = [_compact(values[:, : len(features)])]
         if context:
             tensors.append(_compact(values[:, len(features) :]))
-        splits = self._divide(path, *tensors)
-        train = splits["train"][0]
+        split = divide(len(values), self.fractions, split_seed=self.split_seed, source=path)
+        train = tensors[0][split["train"]]
         constant = (train == train[0]).all(0).nonzero().flatten().tolist()
         if constant:
             raise ValueError(
@@ -155,10 +97,12 @@ class Table(_Rows):
                 "features without it."
             )
         self.shape = (len(features),)
-        self.splits = splits
+        self.splits = {
+            name: tuple(tensor[rows] for tensor in tensors) for name, rows in split.items()
+        }
 
 
-class BreastCancer(_Rows):
+class BreastCancer(DataModule):
     """569 tumours, 30 measurements each: a real table that is always there.
 
     Args:
@@ -189,13 +133,10 @@ class BreastCancer(_Rows):
         split_seed: int | None = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            seed=seed,
-        )
+        super().__init__(batch_size=batch_size, seed=seed)
+        check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_seed = split_seed
         self.classes = 2 if labels else None
 
     def setup(self, stage: str | None = None) -> None:
@@ -207,7 +148,12 @@ class BreastCancer(_Rows):
         tensors = [_compact(data.data)]
         if self.classes:
             tensors.append(torch.from_numpy(data.target).long())
-        self.splits = self._divide("breast cancer", *tensors)
+        split = divide(
+            len(data.data), self.fractions, split_seed=self.split_seed, source="breast cancer"
+        )
+        self.splits = {
+            name: tuple(tensor[rows] for tensor in tensors) for name, rows in split.items()
+        }
 
 
 def _positions(path: Path, names: list[str], chosen: Sequence[str | int]) -> list[int]:

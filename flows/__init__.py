@@ -19,6 +19,7 @@ from flows.transforms import (
     MaskedAutoregressiveAffine,
     MaskedAutoregressiveSpline,
     Multiscale,
+    Permutation,
     Rotation,
     Rotation1x1,
     RotationCoupling,
@@ -28,6 +29,8 @@ from flows.transforms import (
     SVDCoupling,
     SVDLinear,
     Sylvester,
+    Twist,
+    VariationalDequantize,
 )
 
 __version__ = "0.1.0"
@@ -48,6 +51,7 @@ __all__ = [
     "MaskedAutoregressiveAffine",
     "MaskedAutoregressiveSpline",
     "Multiscale",
+    "Permutation",
     "Rotation",
     "Rotation1x1",
     "RotationCoupling",
@@ -57,6 +61,8 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "Sylvester",
+    "Twist",
+    "VariationalDequantize",
     "bits_per_dim",
     "distributions",
     "givens",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flows.checks import check_at_least
 from flows.transforms.base import Transform
 
-__all__ = ["Flow", "load", "read_checkpoint"]
+__all__ = ["Flow", "check_density_model", "load", "read_checkpoint"]
 
 
 class Flow(nn.Module):
@@ -99,8 +99,27 @@ class Flow(nn.Module):
         return samples.unflatten(0, (rows, num_samples)), noise, logabsdet, context
 
 
-def load(path: str | Path, flow: Flow | None = None) -> Flow:
+def check_density_model(model: nn.Module) -> None:
+    """Refuse a module that lacks what training and sampling call: a Flow has it all.
+
+    That is ``log_prob(inputs, context)``, which calling the module means too, and
+    ``sample(num_samples, context, *, temperature)``. A log_prob that is a lower bound, as a
+    variational autoencoder's, is trained and reported like a density.
+    """
+    missing = [name for name in ("log_prob", "sample") if not hasattr(model, name)]
+    if type(model).forward is nn.Module.forward:
+        missing.append("forward")
+    if missing:
+        raise ValueError(
+            "flow must be a Flow, or another module with forward, log_prob and sample; "
+            f"{type(model).__name__} has no {', '.join(missing)}."
+        )
+
+
+def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
     """A trained flow in eval mode, from a run folder or a checkpoint; neither data nor Lightning.
+
+    Models that are no :class:`Flow` but have its ``log_prob`` and ``sample`` come back, too.
 
     Args:
         path: A run folder (its best checkpoint is taken, else its last) or a checkpoint.
@@ -126,8 +145,9 @@ def load(path: str | Path, flow: Flow | None = None) -> Flow:
                 f"{path} does not say how its flow was built: pass one, load(path, flow)."
             )
         flow = _build(config)
-        if not isinstance(flow, Flow):
-            raise ValueError(f"{path} must describe a Flow, got {type(flow).__name__}.")
+        if not isinstance(flow, nn.Module):
+            raise ValueError(f"{path} must describe a flow, got {flow!r:.100}.")
+        check_density_model(flow)
     prefix = "flow."
     weights = {
         name.removeprefix(prefix): value

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from flows.flow import Flow
 
-__all__ = ["density", "history", "image_grid", "points", "samples", "save"]
+__all__ = [
+    "clouds",
+    "density",
+    "history",
+    "image_grid",
+    "marginals",
+    "points",
+    "samples",
+    "save",
+]
 
 COLORS = "magma"
 
@@ -81,11 +90,16 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
 
 
 def samples(
-    drawn: Tensor, real: Tensor | None = None, *, grey_levels: int | None = None
+    drawn: Tensor,
+    real: Tensor | None = None,
+    *,
+    grey_levels: int | None = None,
+    columns: int = 8,
 ) -> Figure:
     """Samples, beside real data if given: images as grids, two-dimensional vectors as points.
 
-    ``grey_levels`` is L where pixels are the lower edges k / L of bins.
+    ``grey_levels`` is L where pixels are the lower edges k / L of bins; ``columns`` is the
+    number of images beside one another.
     """
     panels = {"samples": drawn} if real is None else {"data": real, "samples": drawn}
     figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained")
@@ -95,7 +109,7 @@ def samples(
     scale = 1.0 if grey_levels is None else grey_levels / (grey_levels - 1)
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         if values.ndim == 4:
-            image_grid(axis, values * scale, title)
+            image_grid(axis, values * scale, title, columns=columns)
         else:
             points(axis, values, title)
     return figure
@@ -106,6 +120,44 @@ def points(axis: Axes, values: Tensor, title: str) -> None:
     x, y = values.cpu().numpy().T
     axis.scatter(x, y, s=1.5, alpha=0.5, color="#3b0f70", linewidths=0)
     axis.set(title=title, aspect="equal")
+
+
+def clouds(drawn: Tensor, titles: Sequence[str]) -> Figure:
+    """Two-dimensional samples (rows, n, 2), a panel for each row under its title."""
+    across = min(4, len(drawn))
+    down = -(-len(drawn) // across)
+    figure = Figure(figsize=(3 * across, 3.2 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
+    for axis, values, title in zip(axes, drawn, titles, strict=False):
+        points(axis, values, title)
+    for axis in list(axes)[len(drawn) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def marginals(drawn: Tensor, real: Tensor, *, columns: int = 16) -> Figure:
+    """Histograms of the first columns of two tables (rows, features), on the same bins.
+
+    The bins cover all real values but the two outermost thousandths.
+    """
+    shown = min(columns, real.shape[1])
+    across = min(4, shown)
+    down = -(-shown // across)
+    figure = Figure(figsize=(2.6 * across, 2.1 * down + 0.3), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    real, drawn = real.cpu().double(), drawn.cpu().double()
+    for column, axis in enumerate(axes[:shown]):
+        low, high = real[:, column].quantile(torch.tensor([0.001, 0.999], dtype=torch.float64))
+        edges = torch.linspace(low, high if high > low else low + 1, 41, dtype=torch.float64)
+        for name, values in {"data": real, "samples": drawn}.items():
+            counts = torch.histogram(values[:, column].contiguous(), edges).hist
+            density = counts / (len(values) * (edges[1] - edges[0]))
+            axis.stairs(density.numpy(), edges.numpy(), fill=name == "data", label=name, alpha=0.6)
+        axis.set(title=f"feature {column}", yticks=[])
+    for axis in axes[shown:]:
+        axis.set_axis_off()
+    axes[0].legend(frameon=False, fontsize="small")
+    return figure
 
 
 def history(rows: Sequence[Mapping[str, float]]) -> Figure:

@@ -26,6 +26,7 @@ from flows.distributions import (
 from flows.nets import MLP
 from flows.transforms import Rotation
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SHAPES = [(1,), (5,), (3, 2, 2)]
 CONTEXT = 2  # features of the context
 NET = partial(MLP, hidden_features=4, blocks=1, context_features=CONTEXT)
@@ -217,14 +218,15 @@ def test_temperature_scales_the_deviation_from_the_centre(make):
 
 @each_law
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_samples_follow_the_dtype_of_the_module(make, dtype):
-    law = build(make, (2,), dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_samples_follow_dtype_and_device_of_the_module(make, dtype, device):
+    law = build(make, (2,), dtype).to(device)
     context = contexts(law, 3)
+    context = None if context is None else context.to(device)
     samples = law.sample(4, context)
-    assert samples.dtype == dtype
-    rows = samples.reshape(-1, 2)
     repeated = None if context is None else context.repeat_interleave(4, dim=0)
-    assert law.log_prob(rows, repeated).dtype == dtype
+    for result in (samples, law.log_prob(samples.reshape(-1, 2), repeated)):
+        assert result.dtype == dtype and result.device == law.anchor.device
 
 
 @each_law

@@ -5,9 +5,10 @@ from functools import partial
 from typing import Literal
 
 from flows.checks import check_at_least
-from flows.distributions import Normal
+from flows.distributions import DiagonalNormal, Normal
 from flows.flow import Flow
-from flows.nets import ConvNet
+from flows.nets import MLP, ConvNet
+from flows.recipes.context import embed_context
 from flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -18,6 +19,7 @@ from flows.transforms import (
     Multiscale,
     Rotation1x1,
     SplineCoupling,
+    VariationalDequantize,
 )
 
 __all__ = ["Glow"]
@@ -30,8 +32,13 @@ class Glow(Flow):
     of the channels: on digits that ended lower and varied less with the seed than couplings
     between random permutations or random orthogonal matrices.
 
+    With ``classes`` the density is that of an image given its label: ``flow(images, labels)``
+    and ``flow.sample(n, labels)``, labels being integers (batch,). They reach every
+    conditioner, and mean and scale of the base distribution.
+
     Args:
-        shape: Shape (channels, height, width) of one image.
+        shape: Shape (channels, height, width) of one image, height and width divisible by
+            2**levels.
         grey_levels: Number of grey levels of the pixels.
         levels: Halvings of height and width.
         steps: Steps per level.
@@ -39,10 +46,20 @@ class Glow(Flow):
         coupling: ``"spline"`` or ``"affine"``.
         marginals: How [0, 1] is mapped to the real line: ``"logit"``, or ``"empirical"`` for
             each pixel's training distribution, which suits small data.
+        dequantize: Noise between the grey levels: ``"uniform"``, or ``"variational"`` for noise
+            that a small flow learns, a tighter bound at more time per step.
         dropout: Dropout in the conditioners.
+        context_features: Columns of the context; 0 for none.
+        classes: Number of classes, whose labels are the context instead; None for none.
 
     Reference:
         Kingma and Dhariwal (2018), arXiv 1807.03039; there the convolutions are LU matrices.
+
+    Example:
+        >>> import torch
+        >>> flow = Glow((3, 8, 8), levels=2, steps=1, hidden_features=8, classes=10)
+        >>> flow.sample(5, torch.tensor([3, 7])).shape
+        torch.Size([2, 5, 3, 8, 8])
     """
 
     def __init__(
@@ -55,7 +72,10 @@ class Glow(Flow):
         hidden_features: int = 64,
         coupling: Literal["spline", "affine"] = "affine",
         marginals: Literal["logit", "empirical"] = "logit",
+        dequantize: Literal["uniform", "variational"] = "uniform",
         dropout: float = 0.0,
+        context_features: int = 0,
+        classes: int | None = None,
     ) -> None:
         shape = tuple(shape)
         check_at_least(1, steps=steps)
@@ -63,7 +83,15 @@ class Glow(Flow):
             raise ValueError(f"coupling must be 'spline' or 'affine', got {coupling!r}.")
         if marginals not in ("logit", "empirical"):
             raise ValueError(f"marginals must be 'logit' or 'empirical', got {marginals!r}.")
-        net = partial(ConvNet, hidden_features=hidden_features, dropout=dropout)
+        if dequantize not in ("uniform", "variational"):
+            raise ValueError(f"dequantize must be 'uniform' or 'variational', got {dequantize!r}.")
+        embedding, width = embed_context(context_features, classes)
+        net = partial(
+            ConvNet,
+            hidden_features=hidden_features,
+            context_features=width,
+            dropout=dropout,
+        )
         couple = {"spline": SplineCoupling, "affine": AffineCoupling}[coupling]
         to_reals = Logit() if marginals == "logit" else EmpiricalCDF(shape, bins=grey_levels)
 
@@ -79,7 +107,16 @@ class Glow(Flow):
             )
 
         transforms = [level(channels) for channels, _, _ in Multiscale.shapes(shape, levels)]
-        super().__init__(
-            Composite([Dequantize(grey_levels), to_reals, Multiscale(shape, transforms)]),
-            Normal(math.prod(shape)),
-        )
+        if width:
+            base_net = partial(
+                MLP, hidden_features=hidden_features, blocks=0, context_features=width
+            )
+            base = DiagonalNormal(math.prod(shape), net=base_net)
+        else:
+            base = Normal(math.prod(shape))
+        multiscale = Multiscale(shape, transforms)
+        if dequantize == "uniform":
+            to_continuous = Dequantize(grey_levels)
+        else:
+            to_continuous = VariationalDequantize(shape[0], net, grey_levels, squeeze=True)
+        super().__init__(Composite([to_continuous, to_reals, multiscale]), base, embedding)

@@ -5,7 +5,8 @@ from functools import partial
 from flows.checks import check_at_least
 from flows.distributions import Normal
 from flows.flow import Flow
-from flows.nets import MLP, StandardizedContext
+from flows.nets import MLP
+from flows.recipes.context import embed_context
 from flows.transforms import ActNorm, Composite, Rotation, SplineCoupling, Standardize
 
 __all__ = ["RotationSplineFlow"]
@@ -25,7 +26,8 @@ class RotationSplineFlow(Flow):
         tail_bound: The splines act on [-tail_bound, tail_bound].
         hidden_features: Width of the conditioners.
         blocks: Residual blocks of the conditioners.
-        context_features: Size of the context; 0 for none.
+        context_features: Columns of the context; 0 for none.
+        classes: Number of classes, whose labels are the context instead; None for none.
 
     Example:
         >>> flow = RotationSplineFlow(features=2, layers=4)
@@ -43,14 +45,16 @@ class RotationSplineFlow(Flow):
         hidden_features: int = 64,
         blocks: int = 2,
         context_features: int = 0,
+        classes: int | None = None,
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
+        embedding, width = embed_context(context_features, classes)
         net = partial(
             MLP,
             hidden_features=hidden_features,
             blocks=blocks,
-            context_features=context_features,
+            context_features=width,
         )
         transforms = [Standardize(features), ActNorm(features)]
         for _ in range(layers):
@@ -58,5 +62,4 @@ class RotationSplineFlow(Flow):
                 Rotation(features, init="haar"),
                 SplineCoupling(features, net, bins=bins, tail_bound=tail_bound),
             ]
-        embedding_net = StandardizedContext(context_features) if context_features else None
-        super().__init__(Composite(transforms), Normal(features), embedding_net)
+        super().__init__(Composite(transforms), Normal(features), embedding)

@@ -50,19 +50,23 @@ class BestAndLast(ModelCheckpoint):
             folder,
             filename="best",
             monitor="val/nll",
-            save_last=True,
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        # Lightning's save_last leaves out the epochs that are not the best so far.
+        trainer.save_checkpoint(Path(self.dirpath, "last.ckpt"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # Lightning forgets the best score of a folder that has another name than before.
         best = Path(self.dirpath, "best.ckpt")
         if best.exists():
             score = state["best_model_score"]
-            here = {"dirpath": self.dirpath, "last_model_path": str(best.with_name("last.ckpt"))}
-            here |= {"best_model_path": str(best), "kth_best_model_path": str(best)}
-            super().load_state_dict(state | here | {"best_k_models": {str(best): score}})
+            here = {"best_model_path": str(best), "kth_best_model_path": str(best)}
+            here |= {"dirpath": self.dirpath, "best_k_models": {str(best): score}}
+            super().load_state_dict(state | here)
 
 
 class Recorder(Callback):

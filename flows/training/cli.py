@@ -164,6 +164,10 @@ class RunCLI(LightningCLI):
                     f"{self.resumed_from} was trained with averaged parameters: expected a "
                     "model.ema_decay greater than 0 to go on, got 0."
                 )
+        if self.model.early_stopping_patience and self.trainer.limit_val_batches == 0:
+            raise ValueError(
+                "early_stopping_patience needs validation, got trainer.limit_val_batches 0."
+            )
         self.datamodule.setup("fit")
         self.model.initialize(self.datamodule)
         self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
@@ -216,10 +220,10 @@ class RunCLI(LightningCLI):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and exit status 2."""
+    """Turn a user's mistake, or a missing extra, into one line on stderr and exit status 2."""
     try:
         yield
-    except (ArgumentError, ValueError, OSError, MisconfigurationException) as error:
+    except (ArgumentError, ValueError, OSError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # What jsonargparse says of the alternatives to the type that was meant.
         message = re.sub(r"Does not validate against any .*? Errors: - ", "", message)

@@ -1,7 +1,6 @@
 """Where numbers stopped being finite: a run ends there, with the name of the layer."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 from flows.transforms.base import Transform
 
 __all__ = ["culprit", "guarded_log_prob", "non_finite_gradient"]
-
-ADVICE = "lower the learning rate or clip gradients"
 
 
 def guarded_log_prob(flow: nn.Module, batch: tuple[Tensor, ...], what: str) -> Tensor:
@@ -33,7 +30,9 @@ def guarded_log_prob(flow: nn.Module, batch: tuple[Tensor, ...], what: str) -> T
     if len(log_prob) and not mean.isfinite():
         _set_random_state(device, state)
         with torch.no_grad():
-            raise FloatingPointError(f"{what}: nll is {-mean.item()}: {culprit(flow, batch)}")
+            found = culprit(flow, batch)
+        advice = "" if found.startswith("the data") else "; lower model.lr or clip gradients"
+        raise FloatingPointError(f"{what}: nll is {-mean.item()}: {found}{advice}")
     return log_prob
 
 
@@ -44,15 +43,15 @@ def culprit(flow: nn.Module, batch: tuple[Tensor, ...]) -> str:
             row, *position = (~tensor.isfinite()).nonzero()[0].tolist()
             value = tensor[(row, *position)].item()
             return f"the data: {name} of row {row}, feature {_index(position)}, is {value}"
-    for name, tensor in chain(flow.named_parameters(), flow.named_buffers()):
-        if not _is_finite(tensor):
-            return f"{name} is not finite, spoiled by the step before: {ADVICE}"
+    for name, parameter in flow.named_parameters():
+        if not _is_finite(parameter):
+            return f"{name} is not finite, spoiled by the step before"
     found: list[tuple[str, str]] = []
 
     def watch(path: str, module: nn.Module) -> Any:
         def look(module: nn.Module, arguments: Any, result: Any) -> None:
             bad = [name for name, tensor in _results(result) if not _is_finite(tensor)]
-            if bad and not found:
+            if bad:
                 found.append((path, bad[0]))
 
         return module.register_forward_hook(look)
@@ -65,15 +64,13 @@ def culprit(flow: nn.Module, batch: tuple[Tensor, ...]) -> str:
             handle.remove()
     if found:
         path, result = found[0]
-        return f"the {result} of {_in_its_layer(flow, path)} are not finite: {ADVICE}"
+        return f"the {result} of {_in_its_layer(flow, path)} are not finite"
     if _is_finite(log_prob):
-        return f"every layer is finite, but not the mean of log_prob: {ADVICE}"
+        return "every layer is finite, but not the mean of log_prob"
     row = (~log_prob.isfinite()).nonzero()[0].item()
-    base = getattr(flow, "distribution", flow)
-    return (
-        f"the layers are finite, but {type(base).__name__}, the base distribution, "
-        f"gives row {row} the log_prob {log_prob[row].item()}: {ADVICE}"
-    )
+    base = getattr(flow, "distribution", None)
+    last = "its log_prob" if base is None else f"{type(base).__name__}, the base distribution,"
+    return f"the layers are finite, but {last} gives row {row} {log_prob[row].item()}"
 
 
 def non_finite_gradient(flow: nn.Module) -> str | None:

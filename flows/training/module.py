@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
-from flows.flow import Flow
+from flows.flow import check_density_model
 from flows.objectives import bits_per_dim
 from flows.training.averaging import ParameterAverage
+from flows.training.checks import check_splits, show_rows
 from flows.training.guard import guarded_log_prob, non_finite_gradient
+from flows.training.recenter import Recenter, recentered_layers
+from flows.training.stopping import Patience
 
 __all__ = ["DensityEstimator"]
 
@@ -24,39 +27,57 @@ class DensityEstimator(LightningModule):
     ``.../bits_per_dim``; ``test/kl_error`` is the standard error of ``test/kl``.
 
     Args:
-        flow: The flow to train.
+        flow: A Flow, or another module with its forward, ``log_prob`` and ``sample``.
         lr: Peak learning rate.
         warmup_steps: Steps in which the learning rate rises from zero.
         weight_decay: Decoupled weight decay of the conditioners' weight matrices; angles,
             scales, splines and biases have none.
         ema_decay: Decay per step of a moving average of the parameters, for example 0.999;
             validation, test and checkpoints then use the average. 0 for none.
+        early_stopping_patience: Validations in a row without a better val/nll after which
+            the run ends; None to use all epochs.
+        recenter_every_n_epochs: Epochs after which rotations take what they learned into
+            their base, which keeps angles small; None for never.
         initial_rows: Training rows from which data-dependent layers (ActNorm, EmpiricalCDF)
             are initialized before the first step.
     """
 
     def __init__(
         self,
-        flow: Flow,
+        flow: nn.Module,
         *,
         lr: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
         ema_decay: float = 0.0,
+        early_stopping_patience: int | None = None,
+        recenter_every_n_epochs: int | None = None,
         initial_rows: int = 2048,
     ) -> None:
         super().__init__()
+        check_density_model(flow)
         check_positive(lr=lr)
         check_at_least(
             0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows
         )
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
+        if early_stopping_patience is not None:
+            check_at_least(1, early_stopping_patience=early_stopping_patience)
+        if recenter_every_n_epochs is not None:
+            check_at_least(1, recenter_every_n_epochs=recenter_every_n_epochs)
+            if not recentered_layers(flow):
+                raise ValueError(
+                    "recenter_every_n_epochs must be None for a flow without a layer that has "
+                    f"recenter(), got {recenter_every_n_epochs}."
+                )
         self.flow = flow
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.ema_decay = ema_decay
+        self.early_stopping_patience = early_stopping_patience
+        self.recenter_every_n_epochs = recenter_every_n_epochs
         self.initial_rows = initial_rows
         # Nested {class_path, init_args} of the flow, set by train.py: with it `flows.load`
         # builds the flow anew.
@@ -67,11 +88,15 @@ class DensityEstimator(LightningModule):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return self.flow(inputs, context)
 
-    @torch.no_grad()
     def initialize(self, data: LightningDataModule) -> None:
-        """Show the flow training rows once: layers that depend on data initialize themselves."""
+        """Show the flow training rows once: layers that depend on data initialize themselves.
+
+        Raises:
+            ValueError: If data and flow do not fit, with what to change.
+        """
+        check_splits(self.flow, data)
         self.flow.train()
-        self.flow(*(tensor[: self.initial_rows] for tensor in data.splits["train"]))
+        show_rows(self.flow, data, self.initial_rows)
         self._initialized = True
 
     def setup(self, stage: str) -> None:
@@ -99,7 +124,7 @@ class DensityEstimator(LightningModule):
             raise FloatingPointError(
                 f"training diverged in epoch {self.current_epoch}, step {self.global_step}: "
                 f"the loss is finite, but the gradient of {name} is not; "
-                "lower the learning rate."
+                "lower model.lr."
             )
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
@@ -138,7 +163,12 @@ class DensityEstimator(LightningModule):
         return bits_per_dim(log_prob, inputs[0].numel(), bits=math.log2(self._grey_levels))
 
     def configure_callbacks(self) -> list[Callback]:
-        return [ParameterAverage(self.ema_decay)] if self.ema_decay else []
+        options = {
+            ParameterAverage: self.ema_decay or None,
+            Recenter: self.recenter_every_n_epochs,
+            Patience: self.early_stopping_patience,
+        }
+        return [make(value) for make, value in options.items() if value is not None]
 
     def configure_optimizers(self) -> dict[str, Any]:
         conditioners = [

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from pytorch_lightning import LightningDataModule, Trainer
+from torch import Tensor, nn
 
 from flows import plots
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.module import DensityEstimator
+from flows.training.stopping import Patience
 
 __all__ = ["finish", "new_folder"]
+
+# Images in a picture of samples: so many beside one another, for so many classes.
+COLUMNS, ROWS = 8, 16
 
 
 def new_folder(root: str | Path, experiment: str) -> Path:
@@ -47,7 +53,7 @@ def finish(
         # Nothing was validated: the weights as they are.
         checkpoint = folder / "last.ckpt"
         trainer.save_checkpoint(checkpoint)
-    seconds = recorder.seconds
+    seconds, stopped_by = recorder.seconds, _stopped_by(trainer)
     results = trainer.test(
         model, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False
     )[0]
@@ -55,19 +61,15 @@ def finish(
         plots.save(plots.history(recorder.rows), folder / "history.png")
     flow = model.flow.eval()
     torch.manual_seed(0)
-    if data.density is not None:
-        plots.save(plots.density(flow, data.density), folder / "density.png")
-    elif len(data.shape) == 3:
-        real = data.splits["test"][0][:64]
-        with torch.no_grad():
-            drawn = flow.sample(len(real))
-        figure = plots.samples(drawn, real, grey_levels=data.grey_levels)
-        plots.save(figure, folder / "samples.png")
+    name, picture = _picture(flow, data)
+    if picture is not None:
+        plots.save(picture, folder / f"{name}.png")
     summary = {
         "experiment": experiment,
         **results,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
+        "stopped_by": stopped_by,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "wall_seconds": round(seconds, 1),
         "seed": seed,
@@ -80,3 +82,48 @@ def finish(
     with write_atomically(folder / "summary.json") as file:
         json.dump(summary, file, indent=2, allow_nan=False)
     return summary
+
+
+def _stopped_by(trainer: Trainer) -> str:
+    """The config key that ended the fit."""
+    if any(isinstance(c, Patience) and c.exhausted for c in trainer.callbacks):
+        return "early_stopping_patience"
+    if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
+        return "max_epochs"
+    return "max_steps" if trainer.global_step >= trainer.max_steps >= 0 else "max_time"
+
+
+@torch.no_grad()
+def _picture(flow: nn.Module, data: LightningDataModule) -> tuple[str, Figure | None]:
+    """Samples beside test data, and what is known of the density; the file's name first."""
+    real, *context = data.splits["test"]
+    if data.density is not None and not context:
+        return "density", plots.density(flow, data.density)
+    if len(data.shape) == 3:
+        if context and data.classes is not None:
+            # A row of images for each class.
+            classes = min(data.classes, ROWS)
+            drawn = flow.sample(COLUMNS, torch.arange(classes)).flatten(0, 1)
+            real = _by_class(real, context[0], classes)
+        else:
+            real, drawn = real[: COLUMNS**2], _beside(flow, COLUMNS**2, real, context)
+        return "samples", plots.samples(drawn, real, grey_levels=data.grey_levels, columns=COLUMNS)
+    if len(data.shape) == 1:
+        return "marginals", plots.marginals(_beside(flow, 10_000, real, context), real[:])
+    return "", None
+
+
+def _beside(flow: nn.Module, most: int, real: Tensor, context: list[Tensor]) -> Tensor:
+    """At most so many samples, as many as real rows; each given the context of its row."""
+    if not context:
+        return flow.sample(min(most, len(real)))
+    return flow.sample(1, context[0][:most]).flatten(0, 1)
+
+
+def _by_class(images: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The first images of each class, row by row; white where a class has too few."""
+    rows = []
+    for label in range(classes):
+        chosen = images[(labels == label).nonzero().flatten()[:COLUMNS]]
+        rows.append(nn.functional.pad(chosen, (0,) * 7 + (COLUMNS - len(chosen),), value=1.0))
+    return torch.cat(rows)

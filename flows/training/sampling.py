@@ -1,23 +1,30 @@
 """Samples from a trained flow, as a picture or as numbers."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 from flows import plots
 from flows.checks import check_at_least
 from flows.flow import load
-from flows.transforms import Dequantize
 
-__all__ = ["write_samples"]
+__all__ = ["read_context", "write_samples"]
+
+# Panels in a picture of points.
+PANELS = 16
 
 
 def write_samples(
     path: str | Path,
-    num_samples: int,
+    num_samples: int | None = None,
     *,
+    labels: Sequence[int] | None = None,
+    context: Tensor | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     output: str | Path | None = None,
@@ -26,38 +33,141 @@ def write_samples(
 
     Args:
         path: Run folder or checkpoint.
-        num_samples: Number of samples, at least 1.
+        num_samples: Number of samples, for every label or row of context if there are any;
+            64 or, given those, 8 if None.
+        labels: Classes to draw from, for a flow that was trained with labels.
+        context: Rows to draw given, (rows, context features), for a flow with a context.
         temperature: Multiplies the standard deviation of the noise.
         seed: Seed of the noise.
         output: File ending in .png (images and 2-D points), .npy or .csv; by default a PNG,
             or NPY where there is no picture, beside the checkpoint.
 
+    Shape:
+        NPY: (num_samples, ...), with labels or context (rows, num_samples, ...). CSV: a line
+        per sample, all samples of the first row first. PNG: a line of images, or a panel of
+        points, for each row.
+
     Returns:
         The file written.
+
+    Raises:
+        ValueError: If the flow draws given something else than it gets, among others.
     """
     path = Path(path).expanduser()
+    if num_samples is None:
+        num_samples = 64 if labels is None and context is None else 8
     check_at_least(1, num_samples=num_samples)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
     flow = load(path)
+    given = _given(flow, labels, context)
     torch.manual_seed(seed)
     with torch.no_grad():
-        samples = flow.sample(num_samples, temperature=temperature)
-    drawable = samples.ndim == 4 or samples.shape[1:] == (2,)
+        samples = flow.sample(num_samples, given, temperature=temperature)
+    shape = samples.shape[1 if given is None else 2 :]
+    drawable = len(shape) == 3 or shape == (2,)
     if output is None:
         folder = path if path.is_dir() else path.parent
-        name = f"samples-{num_samples}-temperature-{temperature:g}-seed-{seed}"
+        rows = "" if labels is None else f"-labels-{'-'.join(map(str, labels))}"
+        rows = rows if context is None else f"-context-{len(context)}"
+        name = f"samples-{num_samples}{rows}-temperature-{temperature:g}-seed-{seed}"
         output = folder / f"{name}{'.png' if drawable else '.npy'}"
     output = Path(output)
+    flat = samples if given is None else samples.flatten(0, 1)
     match output.suffix.lower():
         case ".npy":
             np.save(output, samples.numpy())
         case ".csv":
-            np.savetxt(output, samples.flatten(1).numpy(), delimiter=",", fmt="%.7g")
+            np.savetxt(output, flat.flatten(1).numpy(), delimiter=",", fmt="%.7g")
         case ".png" if drawable:
-            grey_levels = [m.grey_levels for m in flow.modules() if isinstance(m, Dequantize)]
-            plots.save(plots.samples(samples, grey_levels=(grey_levels or [None])[0]), output)
+            plots.save(_picture(flow, samples, labels, given), output)
         case _:
             kinds = ".png, .npy or .csv" if drawable else ".npy or .csv"
             raise ValueError(f"output must end in {kinds}, got {output.name}.")
     return output
+
+
+def read_context(path: str | Path) -> Tensor:
+    """Rows of context, (rows, columns), from a .npy file or a .csv file with or without a header.
+
+    Raises:
+        ValueError: If there is no table of finite numbers in it.
+    """
+    path = Path(path).expanduser()
+    try:
+        match path.suffix.lower():
+            case ".npy":
+                table = np.load(path, allow_pickle=False)
+            case ".csv":
+                table = _read_csv(path)
+            case _:
+                raise ValueError("the name must end in .npy or .csv")
+        context = torch.from_numpy(np.asarray(table, dtype=np.float32))
+    except (ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"{path} is no table of numbers: {error}.") from None
+    if context.ndim != 2 or not len(context) or not context.isfinite().all():
+        raise ValueError(
+            f"{path} must hold finite numbers in rows and columns, got shape "
+            f"{tuple(context.shape)}{'' if context.isfinite().all() else ' with NaN or inf'}."
+        )
+    return context
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if line.strip()]
+    try:
+        [float(cell) for cell in lines[0].split(",")] if lines else []
+    except ValueError:
+        lines = lines[1:]  # names of the columns
+    if not lines:
+        raise ValueError("it has no row")
+    return np.loadtxt(lines, delimiter=",", ndmin=2)
+
+
+def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None) -> Tensor | None:
+    """What to draw given, once it is what this flow needs."""
+    classes = getattr(getattr(flow, "embedding_net", None), "classes", None)
+    got = [n for n, v in {"labels": labels, "context": context}.items() if v is not None]
+    needs = "labels" if classes is not None else "context" if _needs_context(flow) else None
+    if got != ([] if needs is None else [needs]):
+        how = {
+            "labels": f"draws given labels, 0 to {(classes or 0) - 1}: name them with --labels",
+            "context": "draws given a context: name a file of its rows with --context",
+            None: "draws without labels or context",
+        }
+        raise ValueError(f"this flow {how[needs]}; got {' and '.join(got) or 'neither'}.")
+    if needs != "labels":
+        return context
+    wrong = [label for label in labels if not 0 <= label < classes]
+    if wrong or not labels:
+        raise ValueError(f"labels must be 0 to {classes - 1}, got {wrong or 'none'}.")
+    return torch.tensor(labels)
+
+
+def _needs_context(flow: nn.Module) -> bool:
+    """Conditioners with a context insist on it."""
+    try:
+        with torch.no_grad():
+            flow.sample(1)
+    except ValueError:
+        return True
+    return False
+
+
+def _picture(
+    flow: nn.Module, samples: Tensor, labels: Sequence[int] | None, given: Tensor | None
+) -> Figure:
+    levels = {m.grey_levels for m in flow.modules() if hasattr(m, "grey_levels")}
+    grey_levels = levels.pop() if levels else None
+    if given is None:
+        return plots.samples(samples, grey_levels=grey_levels)
+    if samples.ndim > 3:
+        images = samples.flatten(0, 1)
+        return plots.samples(images, grey_levels=grey_levels, columns=samples.shape[1])
+    if len(samples) > PANELS:
+        raise ValueError(
+            f"a picture has {PANELS} panels, got {len(samples)} rows: write .npy or .csv."
+        )
+    titles = labels if labels is not None else given.tolist()
+    return plots.clouds(samples, [f"given {title}" for title in titles])

@@ -20,6 +20,7 @@ from flows.transforms.empirical_cdf import EmpiricalCDF
 from flows.transforms.householder import HouseholderRotation
 from flows.transforms.logit import Logit
 from flows.transforms.multiscale import Multiscale, Squeeze
+from flows.transforms.permutation import Permutation
 from flows.transforms.rotation import Rotation, Rotation1x1
 from flows.transforms.rotation_coupling import RotationCoupling
 from flows.transforms.spline import ElementwiseSpline
@@ -27,6 +28,8 @@ from flows.transforms.standardize import Standardize
 from flows.transforms.svd_coupling import SVDCoupling
 from flows.transforms.svd_linear import SVDLinear
 from flows.transforms.sylvester import Sylvester
+from flows.transforms.twist import Twist
+from flows.transforms.variational_dequantize import VariationalDequantize
 
 __all__ = [
     "ActNorm",
@@ -46,6 +49,7 @@ __all__ = [
     "MaskedAutoregressiveAffine",
     "MaskedAutoregressiveSpline",
     "Multiscale",
+    "Permutation",
     "Rotation",
     "Rotation1x1",
     "RotationCoupling",
@@ -56,4 +60,6 @@ __all__ = [
     "Standardize",
     "Sylvester",
     "Transform",
+    "Twist",
+    "VariationalDequantize",
 ]

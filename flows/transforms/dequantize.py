@@ -6,7 +6,7 @@ from torch import Tensor
 from flows.checks import check_at_least
 from flows.transforms.base import Transform, check_unit_interval
 
-__all__ = ["Dequantize"]
+__all__ = ["Dequantize", "add_noise", "lower_edges"]
 
 
 class Dequantize(Transform):
@@ -35,24 +35,40 @@ class Dequantize(Transform):
         self.grey_levels = grey_levels
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_unit_interval(inputs)
-        # Near the edges rounding would carry the sum into a neighbouring bin.
-        margin = self.grey_levels * torch.finfo(inputs.dtype).eps
-        if margin > 1e-2:
-            raise ValueError(
-                f"{self.grey_levels} grey levels need inputs finer than {inputs.dtype}."
-            )
-        noise = torch.rand_like(inputs).clamp(margin, 1 - margin)
-        noisy = inputs + noise / self.grey_levels
+        noisy = add_noise(inputs, torch.rand_like(inputs), self.grey_levels)
         return noisy, inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        levels = self.grey_levels
-        bins = (inputs * levels).floor()
-        # The product rounds: the edges themselves decide.
-        bins = bins + ((bins + 1) / levels <= inputs).to(bins)
-        bins = (bins - (bins / levels > inputs).to(bins)).clamp(0, levels - 1)
-        return bins / levels, inputs.new_zeros(inputs.shape[0])
+        return lower_edges(inputs, self.grey_levels), inputs.new_zeros(inputs.shape[0])
 
     def extra_repr(self) -> str:
         return f"grey_levels={self.grey_levels}"
+
+
+def add_noise(inputs: Tensor, noise: Tensor, grey_levels: int) -> Tensor:
+    """inputs + noise / grey_levels, within the bins.
+
+    Args:
+        inputs: Lower edges of bins, k / grey_levels.
+        noise: In [0, 1], of the shape of inputs.
+        grey_levels: Number of bins.
+
+    Raises:
+        InputOutsideDomain: If inputs are not in [0, 1].
+        ValueError: If their dtype is too coarse for so many bins.
+    """
+    check_unit_interval(inputs)
+    # Near the edges rounding would carry the sum into a neighbouring bin.
+    margin = grey_levels * torch.finfo(inputs.dtype).eps
+    if margin > 1e-2:
+        raise ValueError(f"{grey_levels} grey levels need inputs finer than {inputs.dtype}.")
+    return inputs + noise.clamp(margin, 1 - margin) / grey_levels
+
+
+def lower_edges(inputs: Tensor, grey_levels: int) -> Tensor:
+    """The lower edge k / grey_levels of the bin of every input, the nearest bin outside."""
+    bins = (inputs * grey_levels).floor()
+    # The product rounds: the edges themselves decide.
+    bins = bins + ((bins + 1) / grey_levels <= inputs).to(bins)
+    bins = (bins - (bins / grey_levels > inputs).to(bins)).clamp(0, grey_levels - 1)
+    return bins / grey_levels

@@ -87,10 +87,14 @@ class Multiscale(Transform):
                 f"got {tuple(shape)} and {levels}."
             )
         channels, height, width = shape
-        if height % 2**levels or width % 2**levels:
+        patch = 2**levels
+        if height % patch or width % patch:
+            most = max(k for k in range(levels) if height % 2**k == width % 2**k == 0)
+            fewer = f"take levels={most} or " if most else ""
+            padded = " x ".join(str(-(-size // patch) * patch) for size in (height, width))
             raise ValueError(
-                f"{levels} levels need height and width divisible by {2**levels}, "
-                f"got {height} x {width}."
+                f"levels={levels} needs height and width divisible by {patch}, got "
+                f"{height} x {width}: {fewer}pad the images to {padded}."
             )
         return [
             (channels * 2 ** (level + 2), height // 2 ** (level + 1), width // 2 ** (level + 1))

@@ -39,7 +39,7 @@ def count_angles(schedule: givens.Schedule | None) -> int:
 def rotate_features(
     inputs: Tensor, angles: Tensor, schedule: givens.Schedule | None, *, inverse: bool = False
 ) -> Tensor:
-    """Rotate axis 1, in float32 or better under autocast, too.
+    """Rotate axis 1, in the dtype of the inputs under autocast, too.
 
     Args:
         inputs: (batch, features, ...).
@@ -53,14 +53,11 @@ def rotate_features(
     """
     if schedule is None:
         return inputs
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
     with torch.autocast(inputs.device.type, enabled=False):
-        x, angles = inputs.to(dtype), angles.to(dtype)
-        if angles.ndim < x.ndim:
+        angles = angles.to(inputs.dtype)
+        if angles.ndim < inputs.ndim:
             # For more than a few positions the matrix is sooner built than they are turned.
             u = givens.matrix(angles, schedule)
-            outputs = ((u.mT if inverse else u) @ x.flatten(2)).reshape(x.shape)
-        else:
-            x, angles = x.movedim(1, -1), angles.movedim(1, -1)
-            outputs = givens.rotate(x, angles, schedule, inverse=inverse).movedim(-1, 1)
-    return outputs.to(inputs.dtype)
+            return ((u.mT if inverse else u) @ inputs.flatten(2)).reshape(inputs.shape)
+        rows, angles = inputs.movedim(1, -1), angles.movedim(1, -1)
+        return givens.rotate(rows, angles, schedule, inverse=inverse).movedim(-1, 1)

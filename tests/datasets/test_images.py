@@ -1,41 +1,22 @@
-"""Image data: the digits, Fashion-MNIST's files, and every way an IDX file can be bad."""
+"""Image sets: what is read from their files, how it is split, and what is refused."""
 
-import gzip
-import struct
-import tracemalloc
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from pytorch_lightning import LightningDataModule
+from scipy.io import savemat
 from sklearn.datasets import load_digits
 
-from datasets.images import Digits, FashionMNIST, read_idx
+from datasets.images import CIFAR10, MNIST, SVHN, Digits, FashionMNIST
 
-REAL = Path(__file__).parents[2] / "data"
-
-
-def random_images(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-
-
-def header(*shape, magic=None):
-    return struct.pack(f">{1 + len(shape)}I", magic or 0x0800 + len(shape), *shape)
-
-
-def idx(tensor):
-    return header(*tensor.shape) + tensor.numpy().tobytes()
-
-
-def write_fashion(root, *, train, test, gzipped=False):
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for name, content in (("train", train), ("t10k", test)):
-        content = content if isinstance(content, bytes) else idx(content)
-        file = folder / f"{name}-images-idx3-ubyte{'.gz' if gzipped else ''}"
-        file.write_bytes(gzip.compress(content) if gzipped else content)
+ROOT = Path(__file__).parents[2]
+EMPTY = bytes([0, 0, 8, 3, 0, 0, 0, 0, 0, 0, 0, 28, 0, 0, 0, 28])  # IDX: 0 images
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +27,13 @@ def digits():
 
 
 @pytest.fixture
-def images():
+def images(random_images):
     return {"train": random_images(7, 28, 28), "test": random_images(3, 28, 28, seed=1)}
+
+
+def ready(module):
+    module.setup("fit")
+    return module
 
 
 # Digits
@@ -81,13 +67,25 @@ def test_digits_come_in_batches_that_cover_the_training_set_in_a_new_order(digit
     torch.testing.assert_close(shuffled.double().sum(0), stored.double().sum(0))
 
 
-# Fashion-MNIST
+def test_digits_give_their_labels_when_asked():
+    module = ready(Digits(labels=True))
+    labels = torch.cat([module.splits[name][1] for name in ("train", "val", "test")])
+    assert module.classes == 10 and Digits().classes is None and labels.dtype == torch.int64
+    assert torch.equal(labels, torch.from_numpy(load_digits().target))
+
+
+# MNIST and Fashion-MNIST
+
+each_mnist = pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
 
 
 @pytest.mark.parametrize("gzipped", [False, True], ids=["plain", "gzipped"])
-def test_fashion_takes_validation_from_the_end_of_the_training_file(tmp_path, images, gzipped):
-    write_fashion(tmp_path, **images, gzipped=gzipped)
-    module = FashionMNIST(str(tmp_path), val_size=2)
+@each_mnist
+def test_mnist_takes_validation_from_the_end_of_the_training_file(
+    kind, tmp_path, images, gzipped, write_mnist
+):
+    write_mnist(tmp_path, kind.__name__, **images, gzipped=gzipped)
+    module = kind(str(tmp_path), val_size=2)
     module.setup("fit")
     assert module.shape == (1, 28, 28) and module.grey_levels == 256
     for name, pixels in {
@@ -95,239 +93,298 @@ def test_fashion_takes_validation_from_the_end_of_the_training_file(tmp_path, im
         "val": images["train"][5:],
         "test": images["test"],
     }.items():
-        (inputs,) = module.splits[name]
+        (split,) = module.splits[name]
+        inputs = split[:]
+        assert len(split) == len(pixels)
         assert inputs.dtype == torch.float32
         assert torch.equal(inputs, pixels[:, None].float() / 256), name
 
 
-def test_fashion_padding_surrounds_the_image_with_zeros(tmp_path, images):
-    write_fashion(tmp_path, **images)
-    module = FashionMNIST(str(tmp_path), val_size=1, padding=2)
+def test_mnist_padding_surrounds_the_image_with_zeros(tmp_path, images, write_mnist):
+    write_mnist(tmp_path, "MNIST", **images)
+    module = MNIST(str(tmp_path), val_size=1, padding=2)
     module.setup()
     assert module.shape == (1, 32, 32)
-    (inputs,) = module.splits["test"]
+    inputs = module.splits["test"][0][:]
     assert inputs.shape == (3, *module.shape)
     assert torch.equal(inputs[:, 0, 2:-2, 2:-2], images["test"] / 256)
     assert inputs.sum() == inputs[:, :, 2:-2, 2:-2].sum()
 
 
-def test_fashion_setup_for_test_does_not_read_the_files_again(tmp_path, images):
-    write_fashion(tmp_path, **images)
-    module = FashionMNIST(str(tmp_path), val_size=1)
+def test_mnist_setup_for_test_does_not_read_the_files_again(tmp_path, images, write_mnist):
+    write_mnist(tmp_path, "MNIST", **images)
+    module = MNIST(str(tmp_path), val_size=1)
     module.setup("fit")
     (before,) = module.splits["train"]
     module.setup("test")
     assert module.splits["train"][0] is before
 
 
-def test_fashion_root_may_begin_with_the_home_folder(tmp_path, images, monkeypatch):
+def test_mnist_root_may_begin_with_the_home_folder(tmp_path, images, monkeypatch, write_mnist):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_fashion(tmp_path / "here", **images)
-    module = FashionMNIST("~/here", val_size=1)
+    write_mnist(tmp_path / "here", "MNIST", **images)
+    module = MNIST("~/here", val_size=1)
     module.setup()
     assert len(module.splits["train"][0]) == 6
 
 
 @pytest.mark.parametrize("missing", ["train", "t10k"])
-def test_fashion_missing_file_is_named_with_the_ways_to_get_it(tmp_path, images, missing):
-    write_fashion(tmp_path, **images, gzipped=True)
-    file = tmp_path / "FashionMNIST" / "raw" / f"{missing}-images-idx3-ubyte"
+@each_mnist
+def test_mnist_missing_file_is_named_with_the_ways_to_get_it(
+    kind, tmp_path, images, missing, write_mnist
+):
+    write_mnist(tmp_path, kind.__name__, **images, gzipped=True)
+    file = tmp_path / kind.__name__ / "raw" / f"{missing}-images-idx3-ubyte"
     file.with_name(f"{file.name}.gz").unlink()
     with pytest.raises(FileNotFoundError) as caught:
-        FashionMNIST(str(tmp_path), val_size=1).setup()
+        kind(str(tmp_path), val_size=1).setup()
     message = str(caught.value)
-    for part in (str(file), f"{file.name}.gz", "make fashion-mnist", "download=True"):
+    for part in (str(file), f"{file.name}.gz", "download=True"):
         assert part in message
+    assert ("make fashion-mnist" in message) == (kind is FashionMNIST)
     assert "\n" not in message
 
 
-def test_fashion_missing_folder_is_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="make fashion-mnist"):
-        FashionMNIST(str(tmp_path / "nowhere")).setup()
+def test_mnist_missing_folder_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere/MNIST/raw"):
+        MNIST(str(tmp_path / "nowhere")).setup()
 
 
 @pytest.mark.parametrize("bad", ["train", "test"])
 @pytest.mark.parametrize(
     "content, complaint",
     {
-        "27 columns": (random_images(7, 28, 27), r"\(count, 28, 28\), got \(7, 28, 27\)"),
-        "labels": (random_images(7), r"got \(7,\)"),
-        "colour": (random_images(2, 28, 28, 3), r"got \(2, 28, 28, 3\)"),
-        "no images": (header(0, 28, 28), r"at least 1, got \(0, 28, 28\)"),
+        "27 columns": (
+            torch.zeros(7, 28, 27, dtype=torch.uint8),
+            r"\(count, 28, 28\), got \(7, 28, 27\)",
+        ),
+        "labels": (torch.zeros(7, dtype=torch.uint8), r"got \(7,\)"),
+        "colour": (torch.zeros(2, 28, 28, 3, dtype=torch.uint8), r"got \(2, 28, 28, 3\)"),
+        "no images": (EMPTY, r"at least 1, got \(0, 28, 28\)"),
     }.values(),
     ids=["27 columns", "labels", "colour", "no images"],
 )
-def test_fashion_refuses_other_images(tmp_path, images, bad, content, complaint):
-    write_fashion(tmp_path, **images | {bad: content})
-    module = FashionMNIST(str(tmp_path), val_size=1)
+def test_mnist_refuses_other_images(tmp_path, images, bad, content, complaint, write_mnist):
+    write_mnist(tmp_path, "MNIST", **images | {bad: content})
+    module = MNIST(str(tmp_path), val_size=1)
     with pytest.raises(ValueError, match=complaint):
         module.setup()
     assert not module.splits
 
 
 @pytest.mark.parametrize("val_size", [7, 8])
-def test_fashion_refuses_to_validate_on_every_image(tmp_path, images, val_size):
-    write_fashion(tmp_path, **images)
+def test_mnist_refuses_to_validate_on_every_image(tmp_path, images, val_size, write_mnist):
+    write_mnist(tmp_path, "MNIST", **images)
     with pytest.raises(ValueError, match=f"below the 7 images .* got {val_size}"):
-        FashionMNIST(str(tmp_path), val_size=val_size).setup()
+        MNIST(str(tmp_path), val_size=val_size).setup()
 
 
 @pytest.mark.parametrize("argument", [{"val_size": 0}, {"val_size": -1}, {"padding": -1}], ids=str)
-def test_fashion_refuses_bad_arguments_at_once(argument):
+def test_mnist_refuses_bad_arguments_at_once(argument):
     with pytest.raises(ValueError, match=next(iter(argument))):
-        FashionMNIST(**argument)
+        MNIST(**argument)
+
+
+@each_mnist
+@pytest.mark.parametrize("gzipped", [False, True], ids=["plain", "gzipped"])
+def test_mnist_labels_stay_with_their_images(kind, tmp_path, images, write_mnist, gzipped):
+    # The first pixel repeats the label.
+    labels = {"train_labels": torch.tensor([3, 0, 9, 1, 1, 7, 2]).to(torch.uint8)}
+    labels["test_labels"] = torch.tensor([5, 8, 0]).to(torch.uint8)
+    for split in images:
+        images[split][:, 0, 0] = labels[f"{split}_labels"]
+    write_mnist(tmp_path, kind.__name__, **images, **labels, gzipped=gzipped)
+    module = ready(kind(str(tmp_path), val_size=2, labels=True, batch_size=3))
+    assert module.classes == 10
+    loaders = module.train_dataloader(), module.val_dataloader(), module.test_dataloader()
+    seen = 0
+    for loader in loaders:
+        for inputs, classes in loader:
+            assert classes.dtype == torch.int64 and inputs.dtype == torch.float32
+            assert torch.equal(256 * inputs[:, 0, 0, 0], classes.float())
+            seen += len(inputs)
+    assert seen == 10
+
+
+@pytest.mark.parametrize(
+    "labels, complaint",
+    [([0] * 6, r"for 7 images.* \(6,\)"), ([0, 1, 2, 3, 4, 5, 10], "0 to 9, got 0 to 10")],
+    ids=["too few", "out of range"],
+)
+def test_mnist_refuses_bad_labels(tmp_path, images, write_mnist, labels, complaint):
+    labels = torch.tensor(labels).to(torch.uint8)
+    write_mnist(tmp_path, "MNIST", **images, train_labels=labels, test_labels=labels[:3])
+    with pytest.raises(ValueError, match=f"train-labels-idx1-ubyte: expected labels.*{complaint}"):
+        MNIST(str(tmp_path), val_size=1, labels=True).setup()
+    ready(MNIST(str(tmp_path), val_size=1))  # without labels nobody looks at them
 
 
 def test_real_fashion_has_60000_and_10000_images():
-    if not (REAL / "FashionMNIST" / "raw").exists():
+    if not (ROOT / "data" / "FashionMNIST" / "raw").exists():
         pytest.skip("no data/FashionMNIST/raw: run make fashion-mnist")
-    module = FashionMNIST(str(REAL))
-    module.setup()
-    lengths = {name: len(inputs) for name, (inputs,) in module.splits.items()}
+    module = ready(FashionMNIST(str(ROOT / "data"), labels=True))
+    lengths = {name: len(inputs) for name, (inputs, _) in module.splits.items()}
     assert lengths == {"train": 55_000, "val": 5_000, "test": 10_000}
-    pixels = sum(module.splits[name][0].double().sum() for name in ("train", "val"))
+    pixels = sum(module.splits[name][0][:].double().sum() for name in ("train", "val"))
     # The mean that is commonly used to normalize it, of k / 255.
     assert pixels / (60_000 * 784) * 256 / 255 == pytest.approx(0.2860, abs=5e-5)
+    labels = torch.cat([module.splits[name][1] for name in ("train", "val")])
+    assert labels.bincount().tolist() == [6000] * 10
 
 
-# IDX files
+# CIFAR-10
 
 
-@pytest.mark.parametrize("gzipped", [False, True], ids=["plain", "gzipped"])
-@pytest.mark.parametrize("shape", [(1,), (5,), (3, 2), (2, 3, 5), (1, 2, 3, 4)], ids=str)
-def test_idx_comes_back_whatever_the_file_is_called(tmp_path, shape, gzipped):
-    expected = random_images(*shape)
-    path = tmp_path / ("name" if gzipped else "name.gz")
-    path.write_bytes(gzip.compress(idx(expected)) if gzipped else idx(expected))
-    tensor = read_idx(str(path))
-    assert tensor.dtype == torch.uint8
-    assert torch.equal(tensor, expected)
+@pytest.fixture
+def cifar(tmp_path, random_images, write_cifar):
+    images, labels = random_images(36, 3, 32, 32), torch.arange(36) * 7 % 10
+    write_cifar(tmp_path, images, labels)
+    return images, labels
 
 
-def refusal(path, content):
-    """The message of the ValueError that reading the content raises: one line naming the file."""
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        read_idx(path)
-    message = str(caught.value)
-    assert str(path) in message and "expected" in message and "got" in message
-    assert "\n" not in message
-    return message
+def test_cifar_joins_its_five_files_in_order(tmp_path, cifar):
+    module = ready(CIFAR10(str(tmp_path), val_size=4, labels=True))
+    assert module.shape == (3, 32, 32) and module.classes == 10
+    for name, rows in {"train": slice(26), "val": slice(26, 30), "test": slice(30, 36)}.items():
+        inputs, labels = module.splits[name]
+        assert torch.equal(inputs[:], cifar[0][rows].float() / 256)
+        assert torch.equal(labels, cifar[1][rows]) and labels.dtype == torch.int64
+    assert len(ready(CIFAR10(str(tmp_path), val_size=4)).splits["test"]) == 1
 
 
-GOOD = idx(random_images(2, 28, 28))
-HUGE = 2**32 - 1
-# name -> content and what the message says of it
-BAD = {
-    "empty": (b"", "empty file"),
-    "three bytes": (GOOD[:3], "0x000008"),
-    "not IDX": (b"\x89PNG\r\n\x1a\n" + bytes(50), "0x89504e47"),
-    "float data": (header(1, magic=0x0D01) + bytes(4), "0x00000d01"),
-    "no dimensions": (header(magic=0x0800) + bytes(1), "0x00000800"),
-    "16 dimensions": (header(*[1] * 16, magic=0x0810) + bytes(1), "0x00000810"),
-    "half a header": (GOOD[:14], "16 bytes, got 14"),
-    "one byte short": (GOOD[:-1], "1568 bytes for shape (2, 28, 28), got 1567"),
-    "one byte long": (GOOD + b"\0", "1568 bytes for shape (2, 28, 28), got more"),
-    "no bytes": (header(2, 28, 28), "1568 bytes"),
-    "huge": (header(HUGE, HUGE, HUGE) + bytes(784), f"{HUGE**3} bytes"),
-    "empty and huge": (header(0, HUGE, HUGE, HUGE), "at least 1"),
+def test_cifar_reads_arrays_as_numpy_1_under_python_2_wrote_them(tmp_path, cifar):
+    file = tmp_path / "cifar-10-batches-py" / "test_batch"
+    content = file.read_bytes()
+    assert content.count(b"numpy._core.multiarray") == 1
+    file.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    module = ready(CIFAR10(str(tmp_path), val_size=4))
+    assert torch.equal(module.splits["test"][0][:], cifar[0][30:].float() / 256)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return subprocess.check_call, (["touch", "executed"],)
+
+
+BAD_BATCHES = {
+    "empty": (b"", "CIFAR-10 in Python's form"),
+    "no pickle": (b"not a pickle at all", "CIFAR-10 in Python's form"),
+    "a list": (pickle.dumps([1, 2]), "CIFAR-10 in Python's form"),
+    "code": (pickle.dumps({"data": RunsCode(), "labels": [1]}), "the file asks for subprocess"),
+    "other width": (
+        pickle.dumps({"data": np.zeros((6, 3071), np.uint8), "labels": [0] * 6}, 2),
+        r"\(count, 3072\), got uint8 \(6, 3071\)",
+    ),
+    "floats": (
+        pickle.dumps({"data": np.zeros((6, 3072)), "labels": [0] * 6}, 2),
+        r"bytes .* got float64",
+    ),
+    "text": (pickle.dumps({"data": "no array", "labels": [0] * 6}, 2), "bytes .* got .*str"),
+    "few labels": (
+        pickle.dumps({"data": np.zeros((6, 3072), np.uint8), "labels": [0] * 5}, 2),
+        r"labels for 6 images",
+    ),
+    "label 10": (
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}, 2),
+        "0 to 9, got 0 to 10",
+    ),
 }
 
 
-@pytest.mark.parametrize("gzipped", [False, True], ids=["plain", "gzipped"])
-@pytest.mark.parametrize("name", BAD)
-def test_bad_idx_is_refused_in_one_line(tmp_path, name, gzipped):
-    content, complaint = BAD[name]
-    assert complaint in refusal(tmp_path / "file", gzip.compress(content) if gzipped else content)
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_bad_cifar_is_refused_and_runs_no_code(tmp_path, cifar, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, complaint = BAD_BATCHES[name]
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        CIFAR10(str(tmp_path), val_size=4).setup()
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
 
 
-def test_damaged_gzip_is_refused_in_one_line(tmp_path):
-    good = gzip.compress(GOOD)
-    middle, checksum = len(good) // 2, len(good) - 8
-    damaged = {
-        "cut": good[:middle],
-        "no trailer": good[:checksum],
-        "magic only": good[:2],
-        "middle": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
-        "checksum": good[:checksum] + bytes([good[checksum] ^ 1]) + good[checksum + 1 :],
-        "followed by rubbish": good + b"rubbish",
-    }
-    for name, content in damaged.items():
-        assert "gzip" in refusal(tmp_path / name, content)
+def test_a_cut_cifar_file_is_refused(tmp_path, cifar):
+    file = tmp_path / "cifar-10-batches-py" / "test_batch"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="test_batch: expected a batch of CIFAR-10"):
+        CIFAR10(str(tmp_path), val_size=4).setup()
 
 
-def test_missing_idx_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing-here"):
-        read_idx(tmp_path / "nothing-here")
+# SVHN
 
 
-def peak_of_refusal(path, content):
-    tracemalloc.start()
-    try:
-        refusal(path, content)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+def test_svhn_reads_its_two_files(tmp_path, random_images, write_svhn):
+    images, digits = random_images(9, 3, 32, 32), torch.tensor([1, 2, 3, 4, 5, 9, 0, 0, 8])
+    write_svhn(tmp_path, "train", images[:6], digits[:6])
+    write_svhn(tmp_path, "test", images[6:], digits[6:])
+    module = ready(SVHN(str(tmp_path), val_size=2, labels=True))
+    assert module.shape == (3, 32, 32) and module.classes == 10
+    for name, rows in {"train": slice(4), "val": slice(4, 6), "test": slice(6, 9)}.items():
+        inputs, labels = module.splits[name]
+        assert torch.equal(inputs[:], images[rows].float() / 256)
+        assert torch.equal(labels, digits[rows]) and labels.dtype == torch.int64
 
 
-ZEROS = 2**26
-BOMBS = {  # name -> shape the header claims, how many times ZEROS bytes follow
-    "contains 4 GB, claims one image": ((1, 28, 28), 64),
-    "contains 4 GB and claims it": ((ZEROS, 64), 64),
-    "claims 4 GB and contains none": ((ZEROS, 64), 0),
-    "claims 100 MB and contains none": ((100_000, 1000), 0),
-}
-
-
-@pytest.fixture(scope="module")
-def zeros():
-    return gzip.compress(bytes(ZEROS), 1)
-
-
-@pytest.mark.parametrize("shape, members", BOMBS.values(), ids=BOMBS.keys())
-def test_gzip_bomb_costs_no_memory(tmp_path, zeros, shape, members):
-    # Members of a gzip file unpack to one stream, so 4 GB are cheap to write.
-    bomb = gzip.compress(header(*shape)) + zeros * members
-    assert peak_of_refusal(tmp_path / "bomb", bomb) < 2**22
-
-
-def test_gzip_bomb_of_a_lawful_size_costs_about_that_size(tmp_path, zeros):
-    bomb = gzip.compress(header(ZEROS)) + zeros * 64
-    assert peak_of_refusal(tmp_path / "bomb", bomb) < 1.5 * ZEROS
-
-
-def test_plain_file_is_held_against_its_length_before_it_is_read(tmp_path):
-    assert "at most 800 " in refusal(tmp_path / "file", header(2, 28, 28) + bytes(784))
-
-
-SHAPE = (2, 28, 28)
-FILES = {"plain": GOOD, "gzipped": gzip.compress(GOOD, mtime=0)}
-
-
-def places(content):
-    """Positions in the content; the header deserves half of the attempts."""
-    return st.integers(0, 24) | st.integers(0, len(content) - 1)
-
-
-@pytest.mark.parametrize("kind", FILES)
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_damage_is_harmless_or_a_value_error(tmp_path_factory, kind, data):
-    content = bytearray(FILES[kind])
-    if data.draw(st.booleans(), "truncate"):
-        del content[data.draw(places(content), "length") :]
+@pytest.mark.parametrize(
+    "content, complaint",
+    {
+        "no MATLAB": (b"not MATLAB", "a MATLAB file with X and y"),
+        "empty": (b"", "a MATLAB file with X and y"),
+        "other names": ({"Z": np.zeros(3)}, "a MATLAB file with X and y"),
+        "floats": ({"X": np.zeros((32, 32, 3, 2)), "y": np.ones((2, 1))}, "bytes .* got float64"),
+        "other size": ({"X": np.zeros((32, 31, 3, 2), "u1"), "y": np.ones((2, 1), "u1")}, "count"),
+        "no images": (
+            {"X": np.zeros((32, 32, 3, 0), "u1"), "y": np.ones((0, 1), "u1")},
+            "0 images",
+        ),
+        "few labels": (
+            {"X": np.zeros((32, 32, 3, 2), "u1"), "y": np.ones((1, 1), "u1")},
+            "labels",
+        ),
+    }.values(),
+    ids=["no MATLAB", "empty", "other names", "floats", "other size", "no images", "few labels"],
+)
+def test_bad_svhn_is_refused(tmp_path, content, complaint):
+    file = tmp_path / "train_32x32.mat"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
     else:
-        content[data.draw(places(content), "place")] ^= data.draw(st.integers(1, 255), "flip")
-        if kind == "plain":  # pixels may change as they like
-            for place in data.draw(st.sets(st.integers(16, len(content) - 1), max_size=5)):
-                content[place] ^= 255
-    path = tmp_path_factory.getbasetemp() / f"damaged-{kind}"
-    path.write_bytes(content)
-    try:
-        tensor = read_idx(path)
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-        return
-    assert tensor.shape == SHAPE and tensor.dtype == torch.uint8
-    if kind == "gzipped":  # what a checksum guards comes back unchanged
-        assert idx(tensor) == GOOD
+        savemat(file, content)
+    with pytest.raises(ValueError, match=f"train_32x32.mat: expected .*{complaint}") as caught:
+        SVHN(str(tmp_path)).setup()
+    assert "\n" not in str(caught.value)
+
+
+# All sets
+
+EACH = {
+    MNIST: "MNIST/raw/train-images-idx3-ubyte",
+    FashionMNIST: "FashionMNIST/raw/train-images-idx3-ubyte",
+    CIFAR10: "cifar-10-batches-py/data_batch_1",
+    SVHN: "train_32x32.mat",
+}
+each_set = pytest.mark.parametrize("kind, file", EACH.items())
+
+
+@each_set
+def test_a_missing_file_is_named(tmp_path, kind, file):
+    with pytest.raises(FileNotFoundError, match="download=True") as caught:
+        kind(str(tmp_path)).setup()
+    assert str(tmp_path / file) in str(caught.value)
+
+
+@each_set
+def test_download_without_torchvision_names_the_extra(tmp_path, kind, file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match="download=True needs torchvision, the extra `vision`"):
+        kind(str(tmp_path), download=True).setup()
+
+
+@each_set
+def test_command_line_reads_the_arguments(kind, file):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    options = ["--data.labels=true", "--data.download=true", "--data.padding=2"]
+    arguments = parser.parse_args([f"--data=datasets.images.{kind.__name__}", *options])
+    module = parser.instantiate(arguments).data
+    assert isinstance(module, kind) and module.download and module.classes == 10

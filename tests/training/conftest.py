@@ -1,6 +1,7 @@
 """Trainings of a few steps without the command line."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,23 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from datasets.toy import TwoMoons
-from flows.recipes import RotationSplineFlow
+from flows import ActNorm, Composite, Flow, Rotation, SplineCoupling
+from flows.distributions import Normal
+from flows.nets import MLP
 from flows.training import DensityEstimator, EpochSeed
+
+
+def small_flow() -> Flow:
+    net = partial(MLP, hidden_features=8, blocks=0)
+    layers = [ActNorm(2)]
+    for _ in range(2):
+        layers += [Rotation(2, init="haar"), SplineCoupling(2, net, bins=4)]
+    return Flow(Composite(layers), Normal(2))
 
 
 @pytest.fixture
 def fit(tmp_path) -> Callable[..., tuple[pl.Trainer, DensityEstimator]]:
-    """Trains four epochs of three steps; a checkpoint after each in tmp_path/<name>."""
+    """Trains epochs of three steps; a checkpoint after each in tmp_path/<name>."""
 
     def fit(
         name: str = "whole",
@@ -23,17 +34,19 @@ def fit(tmp_path) -> Callable[..., tuple[pl.Trainer, DensityEstimator]]:
         checkpoint: Path | None = None,
         callbacks: tuple[pl.Callback, ...] = (),
         accumulate: int = 1,
+        max_epochs: int = 4,
+        lr: float = 1e-2,
+        make_flow: Callable[[], Flow] = small_flow,
         **options,
     ) -> tuple[pl.Trainer, DensityEstimator]:
         torch.manual_seed(0)
-        flow = RotationSplineFlow(2, layers=2, hidden_features=8, blocks=0, bins=4)
-        model = DensityEstimator(flow, lr=1e-2, warmup_steps=0, **options)
+        model = DensityEstimator(make_flow(), lr=lr, warmup_steps=0, **options)
         every_epoch = ModelCheckpoint(
             tmp_path / name, filename="{epoch}", save_top_k=-1, enable_version_counter=False
         )
         trainer = pl.Trainer(
             default_root_dir=tmp_path,
-            max_epochs=4,
+            max_epochs=max_epochs,
             accumulate_grad_batches=accumulate,
             accelerator="cpu",
             logger=False,

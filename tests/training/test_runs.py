@@ -225,6 +225,14 @@ def test_a_mistake_is_one_line(args, words, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_extra_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    printed = refused(capsys, "--data=datasets.images.MNIST", "--data.init_args.download=true")
+    assert "extra `vision`" in printed
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_command_is_refused():
     with pytest.raises(SystemExit, match="unknown command evaluate: expected fit, test, sample"):
         train.main(["evaluate"])
@@ -297,6 +305,17 @@ def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(run, tmp_path, cap
     assert str(last) in printed
     train.main(["--ckpt_path", str(last)])
     assert rows(last.parent) == rows(run)
+
+
+def test_last_is_the_last_epoch_even_if_another_was_the_best(tmp_path):
+    rising = ["--model.lr=1.0", "--model.warmup_steps=0", "--trainer.max_epochs=3"]
+    folder = fit(tmp_path, *SMALL, *rising)
+    best, last = (
+        torch.load(folder / name, weights_only=True)["epoch"]
+        for name in ("best.ckpt", "last.ckpt")
+    )
+    scores = [float(row["val/nll"]) for row in rows(folder)]
+    assert best == scores.index(min(scores)) < 2 and last == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")

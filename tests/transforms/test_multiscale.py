@@ -99,9 +99,11 @@ def test_context_reaches_every_level():
 @pytest.mark.parametrize(
     ("shape", "levels", "message"),
     [
-        ((1, 6, 8), 2, "2 levels need height and width divisible by 4, got 6 x 8"),
-        ((1, 8, 6), 2, "2 levels need height and width divisible by 4, got 8 x 6"),
-        ((1, 28, 28), 3, "3 levels need height and width divisible by 8, got 28 x 28"),
+        ((1, 6, 8), 2, "=2 needs .* divisible by 4, got 6 x 8: take levels=1 or pad .* to 8 x 8."),
+        ((1, 8, 6), 2, "=2 needs .* divisible by 4, got 8 x 6: take levels=1 or pad .* to 8 x 8."),
+        ((1, 28, 28), 3, "by 8, got 28 x 28: take levels=2 or pad the images to 32 x 32."),
+        ((3, 32, 12), 4, "by 16, got 32 x 12: take levels=2 or pad the images to 32 x 16."),
+        ((3, 4, 7), 1, "levels=1 needs .* by 2, got 4 x 7: pad the images to 4 x 8."),
         ((8, 8), 1, "channels, height, width"),
         ((1, 8, 8), 0, "at least one level, got"),
         ((0, 8, 8), 1, "channels, height, width"),

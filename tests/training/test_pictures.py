@@ -1,0 +1,99 @@
+"""The pictures at the end of a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from flows import plots
+from flows.training.run import COLUMNS, _beside, _by_class
+
+ROOT = Path(train.__file__).parent
+SHORT = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.enable_progress_bar=false",
+]
+DIGITS = [f"--config={ROOT / 'configs/images/digits.yaml'}", "--model.flow.init_args.steps=1"]
+TUMOURS = [
+    "--data=datasets.tabular.BreastCancer",
+    "--model.flow.init_args.features=30",
+    "--model.flow.init_args.layers=1",
+]
+
+
+@pytest.mark.parametrize(
+    "args, picture",
+    {
+        "a row per class": (
+            [*DIGITS, "--data.init_args.labels=true", "--model.flow.init_args.classes=10"],
+            "samples.png",
+        ),
+        "a model that is no flow": (
+            [
+                f"--config={ROOT / 'configs/images/digits.yaml'}",
+                "--model.flow=flows.recipes.SylvesterVAE",
+                "--model.flow.init_args.shape=[1,8,8]",
+                "--model.flow.init_args.grey_levels=17",
+            ],
+            "samples.png",
+        ),
+        "a table": (TUMOURS, "marginals.png"),
+    }.values(),
+    ids=["classes", "vae", "table"],
+)
+def test_a_run_draws_what_suits_its_data(tmp_path, args, picture):
+    train.main([*args, *SHORT, f"--trainer.default_root_dir={tmp_path}"])
+    (folder,) = tmp_path.glob("*/*")
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {picture, "history.png"}
+
+
+def test_a_table_given_a_context_draws_for_its_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = torch.randn(60, 3)
+    lines = [",".join(f"{value:.4f}" for value in row) for row in rows.tolist()]
+    Path("t.csv").write_text("\n".join(["a,b,c", *lines]))
+    args = ["--data=datasets.tabular.Table", "--data.init_args.path=t.csv"]
+    args += ["--data.init_args.context=[c]", "--model.flow.init_args.context_features=1"]
+    train.main([*args, *SHORT, "--model.flow.init_args.layers=1"])
+    assert list(Path("runs").glob("*/*/marginals.png"))
+
+
+def test_each_row_shows_one_class():
+    images = torch.arange(12.0).view(12, 1, 1, 1)
+    grid = _by_class(images, torch.tensor([0, 2] * 6), 3).view(3, COLUMNS)
+    assert grid[0].tolist() == [0, 2, 4, 6, 8, 10, 1, 1]  # 1 is white
+    assert grid[1].tolist() == [1] * 8
+    assert grid[2].tolist() == [1, 3, 5, 7, 9, 11, 1, 1]
+
+
+def test_a_sample_is_drawn_for_the_context_of_each_row():
+    class Echo(torch.nn.Module):
+        def sample(self, num_samples, context):
+            return context.unsqueeze(1).repeat_interleave(num_samples, 1)
+
+    context = torch.randn(5, 2)
+    assert torch.equal(_beside(Echo(), 3, torch.zeros(5, 2), [context]), context[:3])
+
+
+def test_marginals_are_histograms_of_both():
+    real, drawn = torch.rand(2000, 3), 2 * torch.rand(1000, 3)
+    figure = plots.marginals(drawn, real, columns=2)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == ["feature 0", "feature 1"]
+    data, samples = (patch.get_data() for patch in panels[0].patches)
+    width = data.edges[1] - data.edges[0]
+    assert data.values.sum() * width == pytest.approx(1, abs=0.01)
+    assert samples.values.sum() * width == pytest.approx(0.5, abs=0.05)
+
+
+def test_marginals_of_a_constant_column_are_drawn():
+    plots.marginals(torch.randn(5, 1), torch.ones(5, 1))
+
+
+def test_clouds_have_a_panel_each():
+    figure = plots.clouds(torch.randn(5, 7, 2), list("abcde"))
+    assert [axis.get_title() for axis in figure.axes][:5] == list("abcde")
+    assert len(figure.axes) == 8
