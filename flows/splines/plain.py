@@ -38,7 +38,9 @@ def spline(
     end = torch.zeros_like(rows[:1])
     raw_slopes = torch.cat([end, rows[2 * bins :], end])
     chosen = _chosen(raw_slopes, 0, torch.cat([index, index + 1]))
-    d_left, d_right = (MIN_SLOPE + functional.softplus(chosen + SLOPE_OFFSET)).unbind(0)
+    # The default threshold, 20, would be exact in single precision only.
+    slopes = MIN_SLOPE + functional.softplus(chosen + SLOPE_OFFSET, threshold=40)
+    d_left, d_right = slopes.unbind(0)
     m = h / w
     curvature = d_left + d_right - 2 * m
 
@@ -54,6 +56,8 @@ def spline(
         xi = torch.where(rising, 2 * m * rise, root - b) / torch.where(rising, root + b, 2 * a)
     else:
         xi = (values - x_k) / w
+    # Rounding may put it outside its bin, where the slope need not be positive.
+    xi = xi + (xi.clamp(0, 1) - xi).detach()
     rest = 1 - xi
     mixed = xi * rest
     denominator = m + curvature * mixed
