@@ -109,7 +109,7 @@ def _picture(flow: nn.Module, data: LightningDataModule) -> tuple[str, Figure | 
             real, drawn = real[: COLUMNS**2], _beside(flow, COLUMNS**2, context)
         return "samples", plots.samples(drawn, real, grey_levels=data.grey_levels, columns=COLUMNS)
     if len(data.shape) == 1:
-        return "marginals", plots.marginals(_beside(flow, 10_000, context), real[:])
+        return "marginals", plots.marginals(_beside(flow, 10_000, context), real[:], data.columns)
     return "", None
 
 
