@@ -48,6 +48,7 @@ bench: setup  ## make bench ARGS="--threads 1"; with a GPU: .venv/bin/python -m 
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.orthogonal $(ARGS)
 	$(BIN)/python -m benchmarks.per_sample $(ARGS)
+	$(BIN)/python -m benchmarks.spline $(ARGS)
 
 fashion-mnist:  ## real Fashion-MNIST from Debian's archive, into data/FashionMNIST/raw
 	mkdir -p data/FashionMNIST/raw

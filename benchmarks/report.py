@@ -4,8 +4,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.spline_methods import KINDS
-from benchmarks.spline_methods import OURS as OUR_SPLINES
 from flows.givens import IMPLS
 
 __all__ = ["show", "show_samples", "show_splines"]
@@ -81,26 +79,27 @@ def show_samples(rows: list[dict], device: str) -> None:
 
 
 def show_splines(rows: list[dict], device: str) -> None:
-    """For each way of timing a table: a line for each case, a column for each other method."""
+    """For each way of timing a table: a line for each case, a column for each method.
+
+    The first method is ours, over whose times the others stand.
+    """
     console = _console()
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    names.remove(OUR_SPLINES)
+    ours, *names = dict.fromkeys(row["method"] for row in rows)
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         case = row["kind"], tuple(row["shape"]), row["bins"]
         cases.setdefault(case, {})[row["method"]] = row
     for mode, title in SPLINE_MODES.items():
-        heads = ["inputs", "bins", "ours, ms", *names]
+        heads = ["inputs", "bins", f"{ours}, ms", *names]
         table = _table(console, f"{title}, {device}: times over ours", heads)
         before = None
         for (kind, shape, bins), found in cases.items():
             if kind != before:
                 table.add_section()
-                table.add_row(KINDS[kind], style="italic")
+                table.add_row(kind, style="italic")
             before = kind
             times = [found.get(name, {}).get(f"{mode}_over_ours") for name in names]
-            ours = found[OUR_SPLINES].get(f"{mode}_ms")
-            cells = [_number(ours), *map(_number, times)]
+            cells = [_number(found[ours].get(f"{mode}_ms")), *map(_number, times)]
             table.add_row("  " + " x ".join(map(str, shape)), str(bins), *cells)
         console.print(table)
     _left_out(console, rows, "shape")

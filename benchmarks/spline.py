@@ -48,7 +48,7 @@ def measure(
     for kind, shape, bins in cases:
         progress(f"{KINDS[kind]}, {shape}, {bins} bins, {device_name(device)}")
         torch.manual_seed(0)
-        label = {"kind": kind, "shape": list(shape), "bins": bins}
+        label = {"kind": KINDS[kind], "shape": list(shape), "bins": bins}
         found: dict[str, dict] = {}
         made: dict[str, Method] = {}
         for name, make in methods(kind, shape, bins, device).items():

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import checks, gpu, orthogonal, per_sample, timing
+from benchmarks import checks, gpu, orthogonal, per_sample, spline, spline_methods, timing
 from benchmarks.loop import SAVED_PER_ROUND, plain_loop
 from flows import givens
 
@@ -90,6 +91,30 @@ def test_the_loop_rotates_and_keeps_what_we_say():
     )
     expected = 4 * 64 * (32 * SAVED_PER_ROUND * len(schedule) + schedule.num_angles) / 2**20
     assert per_sample.saved_mib(loop, x, angles) == pytest.approx(expected, rel=0.1)
+
+
+def test_spline_compares_every_kind(run, monkeypatch):
+    cases = [("own", (8, 4), 4), ("shared", (8, 4), 4), ("coupling", (8, 4), 4)]
+    monkeypatch.setattr(spline, "CASES", [*cases, ("own", (2, 3, 2, 2), 4)])
+    rows = run(spline, "--seconds", "0", "--device", "cpu")["rows"]
+    for row in rows:
+        if row["method"] != "zuko":  # which may not be installed
+            assert min(row[f"{mode}_over_ours"] for mode in spline.MODES) > 0
+    own = [row["method"] for row in rows if row["kind"] == spline_methods.KINDS["own"]]
+    assert own == 2 * ["ours", "ours, plain", "nflows", "zuko"]
+
+
+@pytest.mark.parametrize("kind", spline_methods.KINDS)
+def test_splines_that_are_compared_are_bijections(kind):
+    x = torch.randn(6, 4)
+    for name, make in spline_methods.methods(kind, (6, 4), 4, "cpu").items():
+        if name == "zuko" and not find_spec("zuko"):
+            continue
+        method = make()
+        y, log_derivative = method.forward(x)
+        back, opposite = method.inverse(y)
+        torch.testing.assert_close(back, x, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(opposite, -log_derivative, atol=1e-3, rtol=1e-3)
 
 
 def test_checks_accept_our_engines_and_catch_a_wrong_one(monkeypatch):
