@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
 from flows.splines import rational_quadratic_spline, spline_parameters
-from flows.transforms.base import Transform, check_vectors, sum_features
+from flows.transforms.base import Transform, bounded, check_vectors, sum_features
 
 __all__ = ["MaskedAutoregressive", "MaskedAutoregressiveAffine", "MaskedAutoregressiveSpline"]
 
@@ -83,7 +83,8 @@ class MaskedAutoregressive(Transform):
         expected = (*inputs.shape, self.parameters_per_feature)
         if parameters.shape != expected:
             raise ValueError(f"net must return shape {expected}, got {tuple(parameters.shape)}.")
-        return parameters
+        # Autocast may have made them in half precision; what they do is done in full.
+        return parameters.to(inputs.dtype)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, reverse={self.reverse}"
@@ -129,7 +130,7 @@ class MaskedAutoregressiveAffine(MaskedAutoregressive):
         self, inputs: Tensor, parameters: Tensor, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(-1)
-        log_scale = self.bound * torch.tanh(raw / self.bound)
+        log_scale = bounded(raw, self.bound)
         if inverse:
             return (inputs - shift) * (-log_scale).exp(), -log_scale
         return inputs * log_scale.exp() + shift, log_scale

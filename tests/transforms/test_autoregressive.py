@@ -75,6 +75,19 @@ def test_forward_asks_the_conditioner_once_and_inverse_once_per_feature(layer, f
     assert transform.net.calls == 1 + features
 
 
+@each_layer
+def test_autocast_rounds_what_the_conditioner_says_but_not_what_is_done(layer):
+    transform = randomized(layer(3, NET)).float()
+    x = torch.randn(20, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, logabsdet = transform(x)
+        parameters = transform.net(x).float()
+    assert outputs.dtype == logabsdet.dtype == torch.float32
+    expected, log_derivative = transform.map_features(x, parameters, inverse=False)
+    torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logabsdet, log_derivative.sum(1), atol=1e-6, rtol=1e-6)
+
+
 def test_learns_a_dependence_that_one_triangular_map_can_undo():
     transform = MaskedAutoregressiveAffine(2, partial(MADE, hidden_features=16))
     optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
