@@ -152,6 +152,16 @@ def test_coarse_inputs_come_back_under_autocast(dtype):
         torch.testing.assert_close(*radii, atol=0, rtol=2 * torch.finfo(dtype).eps)
 
 
+def test_half_precision_flows_may_hold_it():
+    layer = randomized(Twist(5, NET), torch.bfloat16)
+    x = torch.randn(50, 5).bfloat16()
+    y, logabsdet = layer(x)
+    assert y.dtype == logabsdet.dtype == torch.bfloat16
+    exact = randomized(Twist(5, NET), torch.float32)
+    exact.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(y.float(), exact(x.float())[0], atol=0.2, rtol=0)
+
+
 def test_weights_of_another_matching_are_refused():
     weights = Twist(4, NET).state_dict()
     with pytest.raises(ValueError, match="the layer has twist.4. matching=1"):
