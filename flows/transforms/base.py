@@ -66,9 +66,9 @@ def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:
     mean, deviation = columns.mean(1), columns.std(1, correction=0)
     if not (mean.isfinite().all() and deviation.isfinite().all()):
         raise ValueError("the first batch must be finite, got NaN or infinity.")
-    # A constant feature deviates by no more than rounding.
-    rounding = 8 * torch.finfo(inputs.dtype).eps * mean.abs()
-    return mean, torch.where(deviation > rounding, deviation, 1.0)
+    # A constant feature deviates by no more than rounding, integers not at all.
+    eps = torch.finfo(inputs.dtype).eps if inputs.is_floating_point() else 0.0
+    return mean, torch.where(deviation > 8 * eps * mean.abs(), deviation, 1.0)
 
 
 def sum_features(values: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Standardize(Transform):
         super().__init__()
         check_at_least(1, features=features)
         self.features = features
-        # The mean is the sum of two numbers, which hold it in float64 also in a float32 flow.
+        # The mean is the sum of two float32 numbers, which hold it in flows of any precision.
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("mean_rest", torch.zeros(features))
         self.register_buffer("deviation", torch.ones(features))
@@ -66,7 +66,7 @@ class Standardize(Transform):
         if len(inputs) == 0:
             return
         mean, deviation = mean_and_deviation(inputs)
-        self.mean.copy_(mean)
+        self.mean.copy_(mean.float())
         self.mean_rest.copy_(mean - self.mean)
         self.deviation.copy_(deviation)
         self.initialized.fill_(True)

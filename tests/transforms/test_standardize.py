@@ -38,7 +38,7 @@ def test_images_have_a_mean_and_deviation_per_channel():
     layer = Standardize(2).double()
     outputs, logabsdet = layer(x)
     statistics = x.transpose(0, 1).flatten(1)
-    torch.testing.assert_close(layer.mean, statistics.mean(1))
+    torch.testing.assert_close(layer.mean + layer.mean_rest, statistics.mean(1))
     torch.testing.assert_close(layer.deviation, statistics.std(1, correction=0))
     assert outputs[:, 1].std() < 1.1
     expected = -12 * layer.deviation.log().sum()
@@ -81,6 +81,22 @@ def test_large_offsets_in_float64_lose_nothing_in_a_float32_flow(offset):
     torch.testing.assert_close(outputs.double(), expected, atol=tolerance, rtol=1e-6)
     back, _ = layer.double().inverse(outputs.double())
     torch.testing.assert_close(back, x, atol=tolerance + 1e-6, rtol=0)
+
+
+def test_units_found_in_float64_outlast_a_move_to_float32():
+    x = torch.randn(200, 1, dtype=torch.float64) + 1.2345678912e9
+    layer = Standardize(1).double()
+    exact, _ = layer(x)
+    loaded = Standardize(1)
+    loaded.load_state_dict(layer.state_dict())
+    for coarse in (loaded, layer.float()):
+        torch.testing.assert_close(coarse(x)[0], exact.float(), atol=1e-5, rtol=0)
+
+
+def test_integers_have_units_too():
+    x = torch.tensor([[3, 7], [5, 7], [10, 7]])
+    outputs, _ = Standardize(2)(x)
+    torch.testing.assert_close(outputs, Standardize(2)(x.float())[0])
 
 
 def test_float64_data_pass_into_a_float32_flow():
