@@ -10,6 +10,7 @@ from flows import bits_per_dim
 from flows.distributions.discretized_logistic import discretized_logistic_log_prob
 from flows.nets import ConvDecoder, ConvEncoder
 from flows.recipes import SylvesterVAE
+from flows.transforms.base import InputOutsideDomain
 
 SMALL = {
     "grey_levels": 5,
@@ -79,6 +80,15 @@ def test_samples_are_grey_levels_of_the_shape():
     assert vae(samples).shape == (6,) and vae(samples[:0]).shape == (0,)
 
 
+def test_autocast_leaves_the_latents_and_their_densities_in_full_precision():
+    vae, seen = small().float(), []
+    vae.posterior.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vae(levels(5, 1, 4, 4).float()).dtype == torch.float32
+        assert torch.isin(vae.sample(5), torch.arange(5) / 5).all()
+    assert set(seen) == {torch.float32}
+
+
 def test_every_parameter_learns():
     vae = small().train()
     images = levels(50, 1, 4, 4)
@@ -120,6 +130,8 @@ def test_bad_inputs_are_refused():
     vae = small()
     with pytest.raises(ValueError, match=r"inputs must be images \(1, 4, 4\), got \(1, 8, 8\)"):
         vae(torch.zeros(2, 1, 8, 8, dtype=torch.float64))
+    with pytest.raises(InputOutsideDomain, match=r"inputs must lie in \[0, 1\], got 0 to 255"):
+        vae(torch.linspace(0, 255, 32, dtype=torch.float64).view(2, 1, 4, 4))
     with pytest.raises(ValueError, match="takes no context, got one"):
         vae(levels(2, 1, 4, 4), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="takes no context, got one"):

@@ -16,7 +16,7 @@ from flows.distributions.discretized_logistic import (
 )
 from flows.nets import MLP, ConvDecoder, ConvEncoder
 from flows.transforms import Composite, Sylvester
-from flows.transforms.base import sum_features
+from flows.transforms.base import check_unit_interval, sum_features
 
 __all__ = ["SylvesterVAE"]
 
@@ -101,7 +101,9 @@ class SylvesterVAE(nn.Module):
             raise ValueError("a SylvesterVAE takes no context, got one.")
         if tuple(inputs.shape[1:]) != self.shape:
             raise ValueError(f"inputs must be images {self.shape}, got {tuple(inputs.shape[1:])}.")
-        encoded = self.encoder(inputs - 0.5)
+        check_unit_interval(inputs)
+        # Nets may run in half precision under autocast; densities must not.
+        encoded = self.encoder(inputs - 0.5).to(inputs.dtype)
         draws = 1 if self.training else self.draws
         bounds = torch.stack([self._draw_bound(inputs, encoded) for _ in range(draws)])
         dequantized = math.prod(self.shape) * math.log(self.grey_levels)
@@ -137,4 +139,4 @@ class SylvesterVAE(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """The pixels' law given latents: parameters (batch, parameters per pixel, *shape)."""
-        return self.decoder(latent).unflatten(1, (-1, self.shape[0]))
+        return self.decoder(latent).to(latent.dtype).unflatten(1, (-1, self.shape[0]))
