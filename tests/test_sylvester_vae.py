@@ -17,7 +17,7 @@ SMALL = {
     "latent_features": 2,
     "layers": 2,
     "hidden_features": 2,
-    "context_features": 3,
+    "posterior_features": 3,
     "components": 2,
 }
 

@@ -41,7 +41,7 @@ class SylvesterVAE(nn.Module):
         latent_features: Size of z, at least 2.
         layers: Sylvester layers of the posterior; 0 leaves it normal.
         hidden_features: Channels of encoder and decoder.
-        context_features: Size of what the encoder tells the Sylvester layers.
+        posterior_features: Size of what the encoder tells the Sylvester layers.
         components: Logistics per pixel.
         dropout: Dropout in encoder and decoder.
         draws: K, draws from the posterior in eval mode.
@@ -67,27 +67,32 @@ class SylvesterVAE(nn.Module):
         latent_features: int = 16,
         layers: int = 4,
         hidden_features: int = 32,
-        context_features: int = 64,
+        posterior_features: int = 64,
         components: int = 4,
         dropout: float = 0.0,
         draws: int = 16,
     ) -> None:
         super().__init__()
         check_at_least(0, layers=layers)
-        check_at_least(1, context_features=context_features, components=components, draws=draws)
+        check_at_least(
+            1, posterior_features=posterior_features, components=components, draws=draws
+        )
         check_at_least(2, grey_levels=grey_levels, latent_features=latent_features)
         self.shape = tuple(shape)
         self.grey_levels = grey_levels
         self.latent_features = latent_features
-        self.context_features = context_features
+        self.posterior_features = posterior_features
         self.draws = draws
         nets = {"hidden_features": hidden_features, "dropout": dropout}
-        self.encoder = ConvEncoder(shape, 2 * latent_features + context_features, **nets)
+        self.encoder = ConvEncoder(shape, 2 * latent_features + posterior_features, **nets)
         channels, height, width = self.shape
         parameters = logistic_parameters(components) * channels
         self.decoder = ConvDecoder(latent_features, (parameters, height, width), **nets)
         net = partial(
-            MLP, hidden_features=context_features, blocks=0, context_features=context_features
+            MLP,
+            hidden_features=posterior_features,
+            blocks=0,
+            context_features=posterior_features,
         )
         self.posterior = Composite(Sylvester(latent_features, net=net) for _ in range(layers))
         self.prior = Normal(latent_features)
@@ -126,7 +131,7 @@ class SylvesterVAE(nn.Module):
 
     def _draw_bound(self, inputs: Tensor, encoded: Tensor) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) for one z per image from q, shape (batch,)."""
-        sizes = [self.latent_features, self.latent_features, self.context_features]
+        sizes = [self.latent_features, self.latent_features, self.posterior_features]
         mean, raw_scale, context = encoded.split(sizes, dim=1)
         # Scale 1 where the encoder says 0.
         scale = functional.softplus(raw_scale + math.log(math.expm1(1)))
