@@ -16,7 +16,7 @@ from flows.orthogonal_base import (
     nearest_orthogonal,
     starts_at_random,
 )
-from flows.transforms.base import Transform, check_features
+from flows.transforms.base import Transform, bounded, check_features
 
 __all__ = ["Rotation", "Rotation1x1"]
 
@@ -88,7 +88,7 @@ class Rotation(OrthogonalBase, Transform):
         angles = self.raw_angles if self.groups is None else self.raw_angles[self.groups]
         if self.angle_limit is None:
             return angles
-        return self.angle_limit * torch.tanh(angles / self.angle_limit)
+        return bounded(angles, self.angle_limit)
 
     def matrix(self) -> Tensor:
         """W, shape (features, features); in full precision under autocast, too."""

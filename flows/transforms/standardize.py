@@ -33,7 +33,7 @@ class Standardize(Transform):
         super().__init__()
         check_at_least(1, features=features)
         self.features = features
-        # The mean is the sum of two float32 numbers, which hold it in flows of any precision.
+        # The mean is the sum of two float32 numbers, which hold it also in a float32 flow.
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("mean_rest", torch.zeros(features))
         self.register_buffer("deviation", torch.ones(features))

@@ -20,7 +20,8 @@ class SVDLinear(Transform):
 
     U and V are the :class:`~flows.transforms.Rotation` layers ``left`` and ``right``. W starts
     at ``init``: so does U, V starts at the identity and S at zero. It reaches every matrix
-    whose determinant has the sign of that of ``init``, if the schedule reaches every rotation.
+    whose determinant has the sign of that of ``init``, if the schedule reaches every rotation
+    and there is no ``bound``.
     With ``net`` the context c adds to S and b, and rotates inside U and V:
     :math:`W(c) = U\,U'(c)\, e^{S + S'(c)}\, (V\,V'(c))^T`.
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from flows import givens
 from flows.checks import check_at_least
 from flows.orthogonal_base import OrthogonalBase
-from flows.transforms.base import Transform, check_vectors
+from flows.transforms.base import Transform, bounded, check_vectors
 from flows.transforms.per_sample import schedule_from_zero
 
 __all__ = ["Sylvester"]
@@ -119,8 +119,7 @@ class Sylvester(OrthogonalBase, Transform):
         if self.net is not None:
             raw = self.net(inputs.new_zeros(len(inputs), 0), context).to(self.base.dtype)
         angles, outer, inner, log_slope, log_inner, bias = raw.split(self.sizes, dim=-1)
-        log_slope = BOUND * torch.tanh(log_slope / BOUND)
-        log_inner = BOUND * torch.tanh(log_inner / BOUND)
+        log_slope, log_inner = bounded(log_slope, BOUND), bounded(log_inner, BOUND)
         product = torch.expm1(log_slope)
         outer = self._triangular(outer, product * torch.exp(-log_inner))
         return _Parts(angles, outer, self._triangular(inner, log_inner.exp()), product, bias)
