@@ -98,6 +98,7 @@ class DataModule(LightningDataModule):
         grey_levels: For images, the number L of grey levels: pixels are ``k / L``,
             k = 0 ... L-1, the lower edges of bins in [0, 1); training then logs bits/dim.
         classes: Number of classes, if the splits hold labels: int64 (rows,), 0 ... classes-1.
+        columns: Names of the features, for tables that have some.
         context_features: Number of context columns, if the splits hold a context of numbers.
         splits: ``"train"``, ``"val"``, ``"test"`` to a tuple of tensors, or of what gives a
             tensor for chosen rows, ``[:5]`` or ``[row numbers]``; inputs first, labels or
@@ -108,6 +109,7 @@ class DataModule(LightningDataModule):
     density = None
     grey_levels: int | None = None
     classes: int | None = None
+    columns: tuple[str, ...] | None = None
     context_features: int | None = None
 
     def __init__(self, *, batch_size: int, seed: int = 0) -> None:

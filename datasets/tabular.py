@@ -97,6 +97,7 @@ class Table(DataModule):
                 "features without it."
             )
         self.shape = (len(features),)
+        self.columns = tuple(names[column] for column in features)
         self.splits = {
             name: tuple(tensor[rows] for tensor in tensors) for name, rows in split.items()
         }
@@ -145,6 +146,7 @@ class BreastCancer(DataModule):
         from sklearn.datasets import load_breast_cancer
 
         data = load_breast_cancer()
+        self.columns = tuple(data.feature_names.tolist())
         tensors = [_compact(data.data)]
         if self.classes:
             tensors.append(torch.from_numpy(data.target).long())

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from flows.checks import check_at_least
 from flows.transforms.base import Transform
 
-__all__ = ["Flow", "check_density_model", "load", "read_checkpoint"]
+__all__ = ["DensityModel", "Flow", "load", "read_checkpoint"]
 
 
 class Flow(nn.Module):
@@ -99,20 +100,31 @@ class Flow(nn.Module):
         return samples.unflatten(0, (rows, num_samples)), noise, logabsdet, context
 
 
-def check_density_model(model: nn.Module) -> None:
-    """Refuse a module that lacks what training and sampling call: a Flow has it all.
+class DensityModel(ABC):
+    """What can be trained and sampled: every module that has these methods, as a Flow has.
 
-    That is ``log_prob(inputs, context)``, which calling the module means too, and
-    ``sample(num_samples, context, *, temperature)``. A log_prob that is a lower bound, as a
-    variational autoencoder's, is trained and reported like a density.
+    Nothing inherits from this class: ``isinstance`` looks at the methods. ``forward`` is
+    ``log_prob``, which may be a lower bound, as a variational autoencoder's is; it is then
+    trained and reported like a density.
     """
-    missing = [name for name in ("log_prob", "sample") if not hasattr(model, name)]
-    if type(model).forward is nn.Module.forward:
-        missing.append("forward")
-    if missing:
-        raise ValueError(
-            "flow must be a Flow, or another module with forward, log_prob and sample; "
-            f"{type(model).__name__} has no {', '.join(missing)}."
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor: ...
+
+    @abstractmethod
+    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor: ...
+
+    @abstractmethod
+    def sample(
+        self, num_samples: int, context: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor: ...
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return (
+            issubclass(other, nn.Module)
+            and other.forward is not nn.Module.forward
+            and all(hasattr(other, name) for name in ("log_prob", "sample"))
         )
 
 
@@ -145,9 +157,11 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
                 f"{path} does not say how its flow was built: pass one, load(path, flow)."
             )
         flow = _build(config)
-        if not isinstance(flow, nn.Module):
-            raise ValueError(f"{path} must describe a flow, got {flow!r:.100}.")
-        check_density_model(flow)
+        if not isinstance(flow, DensityModel):
+            raise ValueError(
+                f"{path} must describe a Flow, or a module with its forward, log_prob and sample, "
+                f"got {type(flow).__name__}."
+            )
     prefix = "flow."
     weights = {
         name.removeprefix(prefix): value

@@ -1,5 +1,6 @@
 """Pictures of densities, samples and training; needs matplotlib, so import it by name."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -7,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from flows.flow import Flow
@@ -23,6 +25,7 @@ __all__ = [
 ]
 
 COLORS = "magma"
+FILL = {"data": 0.5, "samples": 1.0}
 
 
 @runtime_checkable
@@ -135,12 +138,13 @@ def clouds(drawn: Tensor, titles: Sequence[str]) -> Figure:
     return figure
 
 
-def marginals(drawn: Tensor, real: Tensor, *, columns: int = 16) -> Figure:
-    """Histograms of the first columns of two tables (rows, features), on the same bins.
+def marginals(drawn: Tensor, real: Tensor, names: Sequence[str] | None = None) -> Figure:
+    """Histograms of the first 16 columns of two tables (rows, features), on the same bins.
 
     The bins cover all real values but the two outermost thousandths.
     """
-    shown = min(columns, real.shape[1])
+    shown = min(16, real.shape[1])
+    bins = min(40, max(10, round(2 * math.sqrt(len(real)))))
     across = min(4, shown)
     down = -(-shown // across)
     figure = Figure(figsize=(2.6 * across, 2.1 * down + 0.3), layout="constrained")
@@ -148,12 +152,16 @@ def marginals(drawn: Tensor, real: Tensor, *, columns: int = 16) -> Figure:
     real, drawn = real.cpu().double(), drawn.cpu().double()
     for column, axis in enumerate(axes[:shown]):
         low, high = real[:, column].quantile(torch.tensor([0.001, 0.999], dtype=torch.float64))
-        edges = torch.linspace(low, high if high > low else low + 1, 41, dtype=torch.float64)
+        edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
         for name, values in {"data": real, "samples": drawn}.items():
             counts = torch.histogram(values[:, column].contiguous(), edges).hist
             density = counts / (len(values) * (edges[1] - edges[0]))
-            axis.stairs(density.numpy(), edges.numpy(), fill=name == "data", label=name, alpha=0.6)
-        axis.set(title=f"feature {column}", yticks=[])
+            axis.stairs(
+                density.numpy(), edges.numpy(), fill=name == "data", label=name, alpha=FILL[name]
+            )
+        axis.set_title(f"feature {column}" if names is None else names[column], fontsize="medium")
+        axis.set_yticks([])
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     for axis in axes[shown:]:
         axis.set_axis_off()
     axes[0].legend(frameon=False, fontsize="small")

@@ -28,6 +28,7 @@ class RotationSplineFlow(Flow):
         blocks: Residual blocks of the conditioners.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
+        dropout: Dropout in the conditioners.
 
     Example:
         >>> flow = RotationSplineFlow(features=2, layers=4)
@@ -46,6 +47,7 @@ class RotationSplineFlow(Flow):
         blocks: int = 2,
         context_features: int = 0,
         classes: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
@@ -55,6 +57,7 @@ class RotationSplineFlow(Flow):
             hidden_features=hidden_features,
             blocks=blocks,
             context_features=width,
+            dropout=dropout,
         )
         transforms = [Standardize(features), ActNorm(features)]
         for _ in range(layers):

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from flows.checks import check_at_least, check_positive
-from flows.flow import check_density_model
+from flows.flow import DensityModel
 from flows.objectives import bits_per_dim
 from flows.training.averaging import ParameterAverage
 from flows.training.checks import check_splits, show_rows
@@ -44,7 +44,7 @@ class DensityEstimator(LightningModule):
 
     def __init__(
         self,
-        flow: nn.Module,
+        flow: DensityModel,
         *,
         lr: float = 1e-3,
         warmup_steps: int = 100,
@@ -55,7 +55,11 @@ class DensityEstimator(LightningModule):
         initial_rows: int = 2048,
     ) -> None:
         super().__init__()
-        check_density_model(flow)
+        if not isinstance(flow, DensityModel):
+            raise ValueError(
+                "flow must be a Flow, or a module with its forward, log_prob and sample, "
+                f"got {type(flow).__name__}."
+            )
         check_positive(lr=lr)
         check_at_least(
             0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows

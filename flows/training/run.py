@@ -106,17 +106,17 @@ def _picture(flow: nn.Module, data: LightningDataModule) -> tuple[str, Figure | 
             drawn = flow.sample(COLUMNS, torch.arange(classes)).flatten(0, 1)
             real = _by_class(real, context[0], classes)
         else:
-            real, drawn = real[: COLUMNS**2], _beside(flow, COLUMNS**2, real, context)
+            real, drawn = real[: COLUMNS**2], _beside(flow, COLUMNS**2, context)
         return "samples", plots.samples(drawn, real, grey_levels=data.grey_levels, columns=COLUMNS)
     if len(data.shape) == 1:
-        return "marginals", plots.marginals(_beside(flow, 10_000, real, context), real[:])
+        return "marginals", plots.marginals(_beside(flow, 10_000, context), real[:], data.columns)
     return "", None
 
 
-def _beside(flow: nn.Module, most: int, real: Tensor, context: list[Tensor]) -> Tensor:
-    """At most so many samples, as many as real rows; each given the context of its row."""
+def _beside(flow: nn.Module, most: int, context: list[Tensor]) -> Tensor:
+    """So many samples; with a context at most so many, each given that of a real row."""
     if not context:
-        return flow.sample(min(most, len(real)))
+        return flow.sample(most)
     return flow.sample(1, context[0][:most]).flatten(0, 1)
 
 

@@ -90,6 +90,7 @@ def test_columns_are_chosen_by_name_or_position_in_the_order_asked(tmp_path, suf
     np.testing.assert_array_equal(inputs, values[:, [2, 0]])
     np.testing.assert_array_equal(context, values[:, [1]])
     assert module.shape == (2,) and module.context_features == 1
+    assert module.columns == (("2", "0") if suffix == ".npy" else ("c", "a"))
 
 
 def test_features_are_what_is_no_context_by_default(tmp_path):

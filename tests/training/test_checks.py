@@ -98,7 +98,7 @@ MISFITS = {
     ),
     "pixels between the levels": (
         levels(17),
-        with_attributes(Fixed(PIXELS + 0.5 / 17), grey_levels=17),
+        with_attributes(Fixed(0.9 * PIXELS), grey_levels=17),
         ["k / 17"],
     ),
     "pixels from 1 / 17 to 1": (
@@ -192,6 +192,13 @@ def test_what_fits_is_not(flow, data):
     DensityEstimator(flow).initialize(data)
 
 
+@pytest.mark.parametrize("model", [Rotation(2), Normal(2), nn.Linear(2, 2)], ids=repr)
+def test_what_is_no_density_is_refused(model):
+    name = type(model).__name__
+    with pytest.raises(ValueError, match=f"must be a Flow, or a module .* got {name}"):
+        DensityEstimator(model)
+
+
 def test_data_without_splits_are_refused():
     data = with_attributes(Fixed(X), splits={})
     with pytest.raises(ValueError, match="Fixed must fill splits in setup"):
@@ -220,7 +227,7 @@ DIGITS = f"--config={ROOT / 'configs/images/digits.yaml'}"
         ),
         "no model": (
             ["--model.flow=flows.Rotation", "--model.flow.init_args.features=2"],
-            ["must be a Flow", "Rotation has no log_prob, sample"],
+            ["model.flow", "flows.Rotation does not correspond to a subclass of DensityModel"],
         ),
         "averaging": (["--model.ema_decay=1"], ["ema_decay must lie in [0, 1), got 1.0"]),
         "patience without validation": (

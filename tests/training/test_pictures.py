@@ -75,18 +75,23 @@ def test_a_sample_is_drawn_for_the_context_of_each_row():
             return context.unsqueeze(1).repeat_interleave(num_samples, 1)
 
     context = torch.randn(5, 2)
-    assert torch.equal(_beside(Echo(), 3, torch.zeros(5, 2), [context]), context[:3])
+    assert torch.equal(_beside(Echo(), 3, [context]), context[:3])
 
 
 def test_marginals_are_histograms_of_both():
     real, drawn = torch.rand(2000, 3), 2 * torch.rand(1000, 3)
-    figure = plots.marginals(drawn, real, columns=2)
+    figure = plots.marginals(drawn, real)
     panels = [axis for axis in figure.axes if axis.get_title()]
-    assert [axis.get_title() for axis in panels] == ["feature 0", "feature 1"]
+    assert [axis.get_title() for axis in panels] == ["feature 0", "feature 1", "feature 2"]
     data, samples = (patch.get_data() for patch in panels[0].patches)
     width = data.edges[1] - data.edges[0]
     assert data.values.sum() * width == pytest.approx(1, abs=0.01)
     assert samples.values.sum() * width == pytest.approx(0.5, abs=0.05)
+
+
+def test_marginals_bear_the_names_of_the_columns():
+    figure = plots.marginals(torch.randn(9, 20), torch.randn(9, 20), list(map(str, range(20))))
+    assert [axis.get_title() for axis in figure.axes] == list(map(str, range(16)))
 
 
 def test_marginals_of_a_constant_column_are_drawn():

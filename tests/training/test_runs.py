@@ -86,6 +86,7 @@ def test_the_summary_holds_the_final_numbers(run):
     assert summary["test/kl"] > 0 and 0 < summary["test/kl_error"] < 0.2
     assert summary["seed"] == 0 and summary["wall_seconds"] > 0
     assert summary["steps"] == 12 and summary["epochs"] == 4
+    assert summary["stopped_by"] == "max_epochs"
     assert Path(summary["checkpoint"]).samefile(run / "best.ckpt")
     assert summary["versions"]["torch"] == torch.__version__
 
@@ -120,25 +121,48 @@ def test_the_sample_command_writes(run, tmp_path, suffix, capsys):
     assert output.stat().st_size > 0
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL]
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        [
+            "--model.ema_decay=0.9",
+            "--model.recenter_every_n_epochs=1",
+            "--model.early_stopping_patience=4",
+        ],
+    ],
+    ids=["plain", "averaged, recentered, with patience"],
+)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path, options):
+    whole = fit(tmp_path / "whole", *SMALL, *options) if options else run
+    killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [*command, f"--trainer.default_root_dir={tmp_path}"],
+        [sys.executable, str(ROOT / "train.py"), *SMALL, *options]
+        + [f"--trainer.default_root_dir={killed}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*/*/last.ckpt")) and time.monotonic() < deadline:
+    while not list(killed.glob("*/*/last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    (folder,) = tmp_path.glob("*/*")
+    (folder,) = killed.glob("*/*")
     assert not (folder / "summary.json").exists()
     train.main(["--ckpt_path", str(folder / "last.ckpt")])
-    assert rows(folder) == rows(run)
-    assert list(tmp_path.glob("*/*")) == [folder]
-    whole, resumed = (json.loads((f / "summary.json").read_text()) for f in (run, folder))
-    assert whole["test/nll"] == resumed["test/nll"]
+    assert rows(folder) == rows(whole)
+    assert list(killed.glob("*/*")) == [folder]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, folder)]
+    assert summaries[0]["test/nll"] == summaries[1]["test/nll"]
+    ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (whole, folder)]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_an_averaged_run_is_not_resumed_without_its_average(tmp_path, capsys):
+    folder = fit(tmp_path, *SMALL, "--trainer.max_epochs=1", "--model.ema_decay=0.9")
+    printed = refused(capsys, "--ckpt_path", str(folder), "--model.ema_decay=0")
+    assert "expected a model.ema_decay greater than 0 to go on, got 0" in printed
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
