@@ -5,10 +5,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from flows.checks import check_at_least
 from flows.distributions import Normal
+from flows.distributions.diagonal_normal import raw_scale, to_scale
 from flows.distributions.discretized_logistic import (
     discretized_logistic_log_prob,
     discretized_logistic_sample,
@@ -132,9 +132,8 @@ class SylvesterVAE(nn.Module):
     def _draw_bound(self, inputs: Tensor, encoded: Tensor) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) for one z per image from q, shape (batch,)."""
         sizes = [self.latent_features, self.latent_features, self.posterior_features]
-        mean, raw_scale, context = encoded.split(sizes, dim=1)
-        # Scale 1 where the encoder says 0.
-        scale = functional.softplus(raw_scale + math.log(math.expm1(1)))
+        mean, raw, context = encoded.split(sizes, dim=1)
+        scale = to_scale(raw + raw_scale(1.0))  # 1 where the encoder says 0
         noise = torch.randn_like(mean)
         log_posterior = self.prior.log_prob(noise) - scale.log().sum(1)
         latent, logabsdet = self.posterior(mean + scale * noise, context)
