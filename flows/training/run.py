@@ -88,7 +88,7 @@ def _stopped_by(trainer: Trainer) -> str:
     """The config key that ended the fit."""
     if any(isinstance(c, Patience) and c.exhausted for c in trainer.callbacks):
         return "early_stopping_patience"
-    if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
+    if trainer.current_epoch >= trainer.max_epochs >= 0:
         return "max_epochs"
     return "max_steps" if trainer.global_step >= trainer.max_steps >= 0 else "max_time"
 
