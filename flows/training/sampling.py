@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flows import plots
 from flows.checks import check_at_least
 from flows.flow import load
+from flows.nets import StandardizedContext
 
 __all__ = ["read_context", "write_samples"]
 
@@ -88,7 +89,7 @@ def write_samples(
 
 
 def read_context(path: str | Path) -> Tensor:
-    """Rows of context, (rows, columns), from a .npy file or a .csv file with or without a header.
+    """Rows of context, float64 (rows, columns), from .npy, or .csv with or without a header.
 
     Raises:
         ValueError: If there is no table of finite numbers in it.
@@ -102,7 +103,7 @@ def read_context(path: str | Path) -> Tensor:
                 table = _read_csv(path)
             case _:
                 raise ValueError("the name must end in .npy or .csv")
-        context = torch.from_numpy(np.asarray(table, dtype=np.float32))
+        context = torch.from_numpy(np.asarray(table, dtype=np.float64))
     except (ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is no table of numbers: {error}.") from None
     if context.ndim != 2 or not len(context) or not context.isfinite().all():
@@ -113,16 +114,28 @@ def read_context(path: str | Path) -> Tensor:
     return context
 
 
-def _read_csv(path: Path) -> np.ndarray:
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
-    try:
-        [float(cell) for cell in lines[0].split(",")] if lines else []
-    except ValueError:
+def _read_csv(path: Path) -> list[list[float]]:
+    # A spreadsheet's byte-order mark would make a name of the first number.
+    with open(path, encoding="utf-8-sig") as file:
+        lines = [(n, line.strip().split(",")) for n, line in enumerate(file, 1) if line.strip()]
+    if lines and not any(map(_is_number, lines[0][1])):
         lines = lines[1:]  # names of the columns
     if not lines:
         raise ValueError("it has no row")
-    return np.loadtxt(lines, delimiter=",", ndmin=2)
+    columns = len(lines[0][1])
+    for number, cells in lines:
+        if len(cells) != columns or not all(map(_is_number, cells)):
+            line = ",".join(cells)[:80]
+            raise ValueError(f"expected {columns} numbers in line {number}, got {line!r}")
+    return [[float(cell) for cell in cells] for _, cells in lines]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None) -> Tensor | None:
@@ -137,8 +150,12 @@ def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None
             None: "draws without labels or context",
         }
         raise ValueError(f"this flow {how[needs]}; got {' and '.join(got) or 'neither'}.")
-    if needs != "labels":
-        return context
+    if needs is None:
+        return None
+    if needs == "context":
+        # Units are taken off in float64; other layers know their own dtype alone.
+        in_units = isinstance(getattr(flow, "embedding_net", None), StandardizedContext)
+        return context if in_units else context.float()
     wrong = [label for label in labels if not 0 <= label < classes]
     if wrong or not labels:
         raise ValueError(f"labels must be 0 to {classes - 1}, got {wrong or 'none'}.")
