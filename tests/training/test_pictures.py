@@ -102,3 +102,14 @@ def test_clouds_have_a_panel_each():
     figure = plots.clouds(torch.randn(5, 7, 2), list("abcde"))
     assert [axis.get_title() for axis in figure.axes][:5] == list("abcde")
     assert len(figure.axes) == 8
+
+
+def test_few_points_are_larger_than_thousands():
+    few, many = (plots.samples(torch.randn(n, 2)).axes[0].collections[0] for n in (64, 5000))
+    assert few.get_sizes().item() > 5 * many.get_sizes().item()
+
+
+def test_the_history_of_one_epoch_can_be_seen():
+    figure = plots.history([{"epoch": 0, "train/nll": 2.0, "val/nll": 1.9, "val/kl": 0.1}])
+    lines = [line for axis in figure.axes for line in axis.lines]
+    assert len(lines) == 3 and all(line.get_marker() == "o" for line in lines)
