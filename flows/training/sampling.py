@@ -13,6 +13,7 @@ from flows import plots
 from flows.checks import check_at_least
 from flows.flow import load
 from flows.nets import StandardizedContext
+from flows.transforms import Standardize
 
 __all__ = ["read_context", "write_samples"]
 
@@ -60,7 +61,7 @@ def write_samples(
     check_at_least(1, num_samples=num_samples)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
-    flow = load(path)
+    flow = _precise(load(path))
     given = _given(flow, labels, context)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -79,7 +80,8 @@ def write_samples(
         case ".npy":
             np.save(output, samples.numpy())
         case ".csv":
-            np.savetxt(output, flat.flatten(1).numpy(), delimiter=",", fmt="%.7g")
+            fmt = "%.9g" if samples.dtype == torch.float32 else "%.17g"
+            np.savetxt(output, flat.flatten(1).numpy(), delimiter=",", fmt=fmt)
         case ".png" if drawable:
             plots.save(_picture(flow, samples, labels, given), output)
         case _:
@@ -138,6 +140,18 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _precise(flow: nn.Module) -> nn.Module:
+    """In float64 if float32 cannot hold the digits of its samples, as of times in seconds."""
+    eps = torch.finfo(torch.float32).eps
+    for layer in flow.modules():
+        if (
+            isinstance(layer, Standardize)
+            and (layer.mean.abs() * eps > 1e-4 * layer.deviation).any()
+        ):
+            return flow.double()
+    return flow
+
+
 def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None) -> Tensor | None:
     """What to draw given, once it is what this flow needs."""
     classes = getattr(getattr(flow, "embedding_net", None), "classes", None)
@@ -155,7 +169,7 @@ def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None
     if needs == "context":
         # Units are taken off in float64; other layers know their own dtype alone.
         in_units = isinstance(getattr(flow, "embedding_net", None), StandardizedContext)
-        return context if in_units else context.float()
+        return context if in_units else context.to(next(flow.parameters()).dtype)
     wrong = [label for label in labels if not 0 <= label < classes]
     if wrong or not labels:
         raise ValueError(f"labels must be 0 to {classes - 1}, got {wrong or 'none'}.")
