@@ -124,7 +124,10 @@ def points(axis: Axes, values: Tensor, title: str) -> None:
     # Few points would be lost at the size that suits thousands.
     size = max(1.5, min(15, 2000 / max(1, len(values))))
     axis.scatter(x, y, s=size, alpha=0.5, color="#3b0f70", linewidths=0)
-    axis.set(title=title, aspect="equal")
+    # Columns of very different units would be squeezed into a line.
+    width, height = values.amax(0) - values.amin(0)
+    comparable = 0.2 < width / height < 5
+    axis.set(title=title, aspect="equal" if comparable else "auto")
 
 
 def clouds(drawn: Tensor, titles: Sequence[str]) -> Figure:

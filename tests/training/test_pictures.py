@@ -109,6 +109,14 @@ def test_few_points_are_larger_than_thousands():
     assert few.get_sizes().item() > 5 * many.get_sizes().item()
 
 
+def test_columns_of_other_units_fill_the_picture(tmp_path):
+    drawn = torch.randn(2, 50, 2)
+    for scale, aspect in ((1, 1), (1e-12, "auto")):
+        figure = plots.clouds(drawn * torch.tensor([1, scale]), "ab")
+        assert all(axis.get_aspect() == aspect for axis in figure.axes)
+        plots.save(figure, tmp_path / "x.png")
+
+
 def test_the_history_of_one_epoch_can_be_seen():
     figure = plots.history([{"epoch": 0, "train/nll": 2.0, "val/nll": 1.9, "val/kl": 0.1}])
     lines = [line for axis in figure.axes for line in axis.lines]
