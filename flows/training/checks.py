@@ -95,8 +95,14 @@ def show_rows(flow: nn.Module, data: LightningDataModule, rows: int) -> None:
         log_prob = flow(*batch)
     except MISFITS as error:
         reason = " ".join(str(error).split())
+        advice = ""
+        if any(tensor.dtype == torch.float64 for tensor in batch):
+            advice = (
+                " float32 cannot hold them well: rescale the columns, or begin the flow with "
+                "Standardize and its embedding_net with StandardizedContext."
+            )
         raise ValueError(
-            f"model.flow does not fit the data: {reason} {_description(data, batch)}"
+            f"model.flow does not fit the data: {reason} {_description(data, batch)}{advice}"
         ) from error
     if not log_prob.isfinite().all():
         raise ValueError(f"model.flow cannot start on {_name(data)}: {culprit(flow, batch)}.")

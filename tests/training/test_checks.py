@@ -113,6 +113,11 @@ MISFITS = {
         ),
         ["k / 17", "1.5 in its train split"],
     ),
+    "float64 without Standardize": (
+        Flow(Composite([AffineCoupling(2, MLP), Rotation(2)]), Normal(2)),
+        Fixed(1e9 + X.double()),
+        ["rescale the columns, or begin the flow with Standardize"],
+    ),
     "outside the range of a layer": (
         Flow(Logit(), Normal(2)),
         Fixed(X),
