@@ -102,7 +102,8 @@ def show_rows(flow: nn.Module, data: LightningDataModule, rows: int) -> None:
                 "Standardize and its embedding_net with StandardizedContext."
             )
         raise ValueError(
-            f"model.flow does not fit the data: {reason} {_description(data, batch)}{advice}"
+            f"model.flow does not fit the data: {reason.rstrip('.')}. "
+            f"{_description(data, batch)}{advice}"
         ) from error
     if not log_prob.isfinite().all():
         raise ValueError(f"model.flow cannot start on {_name(data)}: {culprit(flow, batch)}.")

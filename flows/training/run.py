@@ -16,6 +16,7 @@ from flows import plots
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.module import DensityEstimator
+from flows.training.sampling import precise
 from flows.training.stopping import Patience
 
 __all__ = ["finish", "new_folder"]
@@ -59,7 +60,7 @@ def finish(
     )[0]
     if recorder.rows:
         plots.save(plots.history(recorder.rows), folder / "history.png")
-    flow = model.flow.eval()
+    flow = precise(model.flow.eval())
     torch.manual_seed(0)
     name, picture = _picture(flow, data)
     if picture is not None:

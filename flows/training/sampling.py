@@ -15,7 +15,7 @@ from flows.flow import load
 from flows.nets import StandardizedContext
 from flows.transforms import Standardize
 
-__all__ = ["read_context", "write_samples"]
+__all__ = ["precise", "read_context", "write_samples"]
 
 # Panels in a picture of points.
 PANELS = 16
@@ -61,7 +61,7 @@ def write_samples(
     check_at_least(1, num_samples=num_samples)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
-    flow = _precise(load(path))
+    flow = precise(load(path))
     given = _given(flow, labels, context)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -88,6 +88,18 @@ def write_samples(
             kinds = ".png, .npy or .csv" if drawable else ".npy or .csv"
             raise ValueError(f"output must end in {kinds}, got {output.name}.")
     return output
+
+
+def precise(flow: nn.Module) -> nn.Module:
+    """In float64 if float32 cannot hold the digits of its samples, as of times in seconds."""
+    eps = torch.finfo(torch.float32).eps
+    for layer in flow.modules():
+        if (
+            isinstance(layer, Standardize)
+            and (layer.mean.abs() * eps > 1e-4 * layer.deviation).any()
+        ):
+            return flow.double()
+    return flow
 
 
 def read_context(path: str | Path) -> Tensor:
@@ -138,18 +150,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _precise(flow: nn.Module) -> nn.Module:
-    """In float64 if float32 cannot hold the digits of its samples, as of times in seconds."""
-    eps = torch.finfo(torch.float32).eps
-    for layer in flow.modules():
-        if (
-            isinstance(layer, Standardize)
-            and (layer.mean.abs() * eps > 1e-4 * layer.deviation).any()
-        ):
-            return flow.double()
-    return flow
 
 
 def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None) -> Tensor | None:

@@ -61,6 +61,18 @@ def test_a_table_given_a_context_draws_for_its_rows(tmp_path, monkeypatch):
     assert list(Path("runs").glob("*/*/marginals.png"))
 
 
+def test_samples_beside_a_table_keep_their_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("a,b\n" + "".join(f"{1_700_000_000 + i},{-i}\n" for i in range(60)))
+    drawn = []
+    marginals = plots.marginals
+    monkeypatch.setattr(
+        plots, "marginals", lambda x, *rest: drawn.append(x) or marginals(x, *rest)
+    )
+    train.main(["--data=datasets.tabular.Table", "--data.init_args.path=t.csv", *SHORT])
+    assert len(drawn[0][:, 0].unique()) > 1000
+
+
 def test_each_row_shows_one_class():
     images = torch.arange(12.0).view(12, 1, 1, 1)
     grid = _by_class(images, torch.tensor([0, 2] * 6), 3).view(3, COLUMNS)
