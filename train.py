@@ -17,8 +17,16 @@ lists all keys.
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs/toy/two_moons.yaml")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what argparse would print in many lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def fit(args: list[str]) -> None:
@@ -47,7 +55,7 @@ def sample(args: list[str]) -> None:
     from flows.training.cli import one_line_errors
     from flows.training.sampling import read_context, write_samples
 
-    parser = argparse.ArgumentParser("train.py sample", description="Draw samples from a flow.")
+    parser = Parser("train.py sample", description="Draw samples from a flow.")
     parser.add_argument("--ckpt_path", required=True, help="run folder or checkpoint")
     parser.add_argument(
         "--num_samples", type=int, help="64, or 8 for each label or row of context"
@@ -65,15 +73,15 @@ def sample(args: list[str]) -> None:
         help="file ending in .npy: (num_samples, ...), or (rows, num_samples, ...) given "
         "labels or context; .csv: a line per sample; .png: a line or panel per label or row",
     )
-    given = parser.parse_args(args)
     with one_line_errors():
+        given = parser.parse_args(args)
         labels = context = None
         if given.labels is not None:
             try:
                 labels = [int(label) for label in given.labels.split(",")]
             except ValueError:
                 raise ValueError(
-                    f"labels must be whole numbers with commas between, got {given.labels}."
+                    f"labels must be whole numbers with commas between, got {given.labels!r}."
                 ) from None
         if given.context is not None:
             context = read_context(given.context)
@@ -102,7 +110,8 @@ def main(args: list[str]) -> None:
     elif args and args[0] in commands:
         commands[args[0]](args[1:])
     elif args and not args[0].startswith("-"):
-        sys.exit(f"error: unknown command {args[0]}: expected {', '.join(commands)}")
+        print(f"error: unknown command {args[0]}: expected {', '.join(commands)}", file=sys.stderr)
+        sys.exit(2)
     else:
         fit(args)
 

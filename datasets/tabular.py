@@ -88,13 +88,13 @@ class Table(DataModule):
         if context:
             tensors.append(_compact(values[:, len(features) :]))
         split = divide(len(values), self.fractions, split_seed=self.split_seed, source=path)
-        train = tensors[0][split["train"]]
-        constant = (train == train[0]).all(0).nonzero().flatten().tolist()
-        if constant:
+        train = values[split["train"].numpy()]
+        constant = (train == train[0]).all(0).nonzero()[0]
+        if len(constant):
             raise ValueError(
-                f"{path}: expected features that vary, got {train[0, constant[0]].item():g} in "
-                f"all {len(train)} training rows of {names[features[constant[0]]]!r}; choose "
-                "features without it."
+                f"{path}: expected columns that vary, got {train[0, constant[0]]:g} in all "
+                f"{len(train)} training rows of {names[(features + context)[constant[0]]]!r}; "
+                "choose features and context without it."
             )
         self.shape = (len(features),)
         self.columns = tuple(names[column] for column in features)

@@ -193,7 +193,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except PermissionError:
         raise
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        reason = str(error).strip().split("\n")[0][:200]
+        # What follows the first sentence is torch's advice to its own callers.
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
         raise ValueError(
             f"{path} is not a readable checkpoint (truncated, or no checkpoint at all): {reason}"
         ) from None

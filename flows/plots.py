@@ -121,8 +121,13 @@ def samples(
 def points(axis: Axes, values: Tensor, title: str) -> None:
     """Two-dimensional points, shape (n, 2)."""
     x, y = values.cpu().numpy().T
-    axis.scatter(x, y, s=1.5, alpha=0.5, color="#3b0f70", linewidths=0)
-    axis.set(title=title, aspect="equal")
+    # Few points would be lost at the size that suits thousands.
+    size = max(1.5, min(15, 2000 / max(1, len(values))))
+    axis.scatter(x, y, s=size, alpha=0.5, color="#3b0f70", linewidths=0)
+    # Columns of very different units would be squeezed into a line.
+    width, height = values.amax(0) - values.amin(0)
+    comparable = 0.2 < width / height < 5
+    axis.set(title=title, aspect="equal" if comparable else "auto")
 
 
 def clouds(drawn: Tensor, titles: Sequence[str]) -> Figure:
@@ -174,14 +179,15 @@ def history(rows: Sequence[Mapping[str, float]]) -> Figure:
     labels = {"val/kl": "KL to the truth, nats", "val/bits_per_dim": "bits per dimension"}
     figure = Figure(figsize=(4.5 * (1 + len(metrics)), 3.4), layout="constrained")
     axes = figure.subplots(1, 1 + len(metrics), squeeze=False)[0]
+    marker = "o" if len(rows) == 1 else None  # a line needs two epochs
     for name in ("train/nll", "val/nll"):
         points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
-        axes[0].plot(*zip(*points, strict=True), label=name.split("/")[0])
+        axes[0].plot(*zip(*points, strict=True), label=name.split("/")[0], marker=marker)
     axes[0].set(xlabel="epoch", ylabel="negative log-likelihood, nats")
     axes[0].legend(frameon=False)
     for axis, name in zip(axes[1:], metrics, strict=True):
         points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
-        axis.plot(*zip(*points, strict=True), color="C1")
+        axis.plot(*zip(*points, strict=True), color="C1", marker=marker)
         axis.set(xlabel="epoch", ylabel=f"{labels[name]} (validation)")
         if name == "val/kl" and min(value for _, value in points) > 0:
             axis.set_yscale("log")

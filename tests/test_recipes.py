@@ -365,6 +365,7 @@ def test_glow_of_classes_refuses_other_labels(labels, message):
         ({"levels": 0}, "at least one level, got"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"grey_levels": 1}, "grey_levels must be at least 2, got 1"),
+        ({"grey_levels": 1, "marginals": "empirical"}, "grey_levels must be at least 2, got 1"),
         ({"coupling": "cubic"}, "coupling must be 'spline' or 'affine', got 'cubic'"),
         ({"dequantize": "none"}, "dequantize must be 'uniform' or 'variational', got 'none'"),
         ({"marginals": "none"}, "marginals must be 'logit' or 'empirical', got 'none'"),

@@ -39,7 +39,7 @@ class Glow(Flow):
     Args:
         shape: Shape (channels, height, width) of one image, height and width divisible by
             2**levels.
-        grey_levels: Number of grey levels of the pixels.
+        grey_levels: Number of grey levels of the pixels, at least 2.
         levels: Halvings of height and width.
         steps: Steps per level.
         hidden_features: Channels inside the conditioners.
@@ -79,6 +79,7 @@ class Glow(Flow):
     ) -> None:
         shape = tuple(shape)
         check_at_least(1, steps=steps)
+        check_at_least(2, grey_levels=grey_levels)
         if coupling not in ("spline", "affine"):
             raise ValueError(f"coupling must be 'spline' or 'affine', got {coupling!r}.")
         if marginals not in ("logit", "empirical"):

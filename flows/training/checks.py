@@ -74,16 +74,17 @@ def _check_grey_levels(data: LightningDataModule, split: str, images: Tensor) ->
     levels = getattr(data, "grey_levels", None)
     if levels is None:
         return
-    # Images may be kept as bytes that become numbers when asked for: not all at once.
-    pixels = images[:100].double() * levels
-    off = (pixels - pixels.round()).abs().max().item()
-    if not (off < 1e-3 and -0.5 < pixels.min() and pixels.max() < levels - 0.5):
-        low, high = pixels.min().item() / levels, pixels.max().item() / levels
-        raise ValueError(
-            f"{_name(data)} has {levels} grey levels, so pixels must be k / {levels} with "
-            f"k = 0 to {levels - 1}, got other values between {low:.4g} and {high:.4g} in its "
-            f"{split} split."
-        )
+    # Images kept as bytes, which become numbers when asked for, are right by construction.
+    for rows in images.split(1000) if isinstance(images, Tensor) else [images[:100]]:
+        pixels = rows.double() * levels
+        off = (pixels - pixels.round()).abs().max().item()
+        if not (off < 1e-3 and -0.5 < pixels.min() and pixels.max() < levels - 0.5):
+            low, high = pixels.min().item() / levels, pixels.max().item() / levels
+            raise ValueError(
+                f"{_name(data)} has {levels} grey levels, so pixels must be k / {levels} with "
+                f"k = 0 to {levels - 1}, got other values between {low:.4g} and {high:.4g} in "
+                f"its {split} split."
+            )
 
 
 @torch.no_grad()
@@ -94,8 +95,15 @@ def show_rows(flow: nn.Module, data: LightningDataModule, rows: int) -> None:
         log_prob = flow(*batch)
     except MISFITS as error:
         reason = " ".join(str(error).split())
+        advice = ""
+        if any(tensor.dtype == torch.float64 for tensor in batch):
+            advice = (
+                " float32 cannot hold them well: rescale the columns, or begin the flow with "
+                "Standardize and its embedding_net with StandardizedContext."
+            )
         raise ValueError(
-            f"model.flow does not fit the data: {reason} {_description(data, batch)}"
+            f"model.flow does not fit the data: {reason.rstrip('.')}. "
+            f"{_description(data, batch)}{advice}"
         ) from error
     if not log_prob.isfinite().all():
         raise ValueError(f"model.flow cannot start on {_name(data)}: {culprit(flow, batch)}.")

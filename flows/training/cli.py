@@ -100,6 +100,8 @@ class RunCLI(LightningCLI):
                 "fast_dev_run leaves no run; for a short one use "
                 "--trainer.max_epochs=1 --trainer.limit_train_batches=1."
             )
+        if self.config.trainer.limit_test_batches == 0:
+            raise ValueError("limit_test_batches must not be 0: a run ends with a test.")
         if self.resumed_from is not None:
             _check_architecture(self.resumed_from, self._flow_config)
         if self.beside is not None:
@@ -159,6 +161,12 @@ class RunCLI(LightningCLI):
             if missing:
                 names = ", ".join(sorted(missing))
                 raise ValueError(f"{self.resumed_from} cannot be resumed: it lacks {names}.")
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            if 0 <= self.trainer.max_epochs < epochs:
+                raise ValueError(
+                    f"{self.resumed_from} has {epochs} epochs behind it: expected at least as "
+                    f"many for trainer.max_epochs, got {self.trainer.max_epochs}."
+                )
             if "parameter_average" in checkpoint and not self.model.ema_decay:
                 raise ValueError(
                     f"{self.resumed_from} was trained with averaged parameters: expected a "
@@ -227,6 +235,7 @@ def one_line_errors() -> Iterator[None]:
         message = " ".join(str(error).split())
         # What jsonargparse says of the alternatives to the type that was meant.
         message = re.sub(r"Does not validate against any .*? Errors: - ", "", message)
+        message = re.sub(r"- Expected a path but .*? accessible or invalid - ", "", message)
         message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,7 @@ from flows import plots
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.module import DensityEstimator
+from flows.training.sampling import precise
 from flows.training.stopping import Patience
 
 __all__ = ["finish", "new_folder"]
@@ -59,7 +60,7 @@ def finish(
     )[0]
     if recorder.rows:
         plots.save(plots.history(recorder.rows), folder / "history.png")
-    flow = model.flow.eval()
+    flow = precise(model.flow.eval())
     torch.manual_seed(0)
     name, picture = _picture(flow, data)
     if picture is not None:
@@ -88,7 +89,7 @@ def _stopped_by(trainer: Trainer) -> str:
     """The config key that ended the fit."""
     if any(isinstance(c, Patience) and c.exhausted for c in trainer.callbacks):
         return "early_stopping_patience"
-    if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
+    if trainer.current_epoch >= trainer.max_epochs >= 0:
         return "max_epochs"
     return "max_steps" if trainer.global_step >= trainer.max_steps >= 0 else "max_time"
 

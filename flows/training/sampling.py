@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from flows import plots
 from flows.checks import check_at_least
 from flows.flow import load
+from flows.nets import StandardizedContext
+from flows.transforms import Standardize
 
-__all__ = ["read_context", "write_samples"]
+__all__ = ["precise", "read_context", "write_samples"]
 
 # Panels in a picture of points.
 PANELS = 16
@@ -59,7 +61,7 @@ def write_samples(
     check_at_least(1, num_samples=num_samples)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
-    flow = load(path)
+    flow = precise(load(path))
     given = _given(flow, labels, context)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -78,7 +80,8 @@ def write_samples(
         case ".npy":
             np.save(output, samples.numpy())
         case ".csv":
-            np.savetxt(output, flat.flatten(1).numpy(), delimiter=",", fmt="%.7g")
+            fmt = "%.9g" if samples.dtype == torch.float32 else "%.17g"
+            np.savetxt(output, flat.flatten(1).numpy(), delimiter=",", fmt=fmt)
         case ".png" if drawable:
             plots.save(_picture(flow, samples, labels, given), output)
         case _:
@@ -87,8 +90,20 @@ def write_samples(
     return output
 
 
+def precise(flow: nn.Module) -> nn.Module:
+    """In float64 if float32 cannot hold the digits of its samples, as of times in seconds."""
+    eps = torch.finfo(torch.float32).eps
+    for layer in flow.modules():
+        if (
+            isinstance(layer, Standardize)
+            and (layer.mean.abs() * eps > 1e-4 * layer.deviation).any()
+        ):
+            return flow.double()
+    return flow
+
+
 def read_context(path: str | Path) -> Tensor:
-    """Rows of context, (rows, columns), from a .npy file or a .csv file with or without a header.
+    """Rows of context, float64 (rows, columns), from .npy, or .csv with or without a header.
 
     Raises:
         ValueError: If there is no table of finite numbers in it.
@@ -102,7 +117,7 @@ def read_context(path: str | Path) -> Tensor:
                 table = _read_csv(path)
             case _:
                 raise ValueError("the name must end in .npy or .csv")
-        context = torch.from_numpy(np.asarray(table, dtype=np.float32))
+        context = torch.from_numpy(np.asarray(table, dtype=np.float64))
     except (ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is no table of numbers: {error}.") from None
     if context.ndim != 2 or not len(context) or not context.isfinite().all():
@@ -113,16 +128,28 @@ def read_context(path: str | Path) -> Tensor:
     return context
 
 
-def _read_csv(path: Path) -> np.ndarray:
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
-    try:
-        [float(cell) for cell in lines[0].split(",")] if lines else []
-    except ValueError:
+def _read_csv(path: Path) -> list[list[float]]:
+    # A spreadsheet's byte-order mark would make a name of the first number.
+    with open(path, encoding="utf-8-sig") as file:
+        lines = [(n, line.strip().split(",")) for n, line in enumerate(file, 1) if line.strip()]
+    if lines and not any(map(_is_number, lines[0][1])):
         lines = lines[1:]  # names of the columns
     if not lines:
         raise ValueError("it has no row")
-    return np.loadtxt(lines, delimiter=",", ndmin=2)
+    columns = len(lines[0][1])
+    for number, cells in lines:
+        if len(cells) != columns or not all(map(_is_number, cells)):
+            line = ",".join(cells)[:80]
+            raise ValueError(f"expected {columns} numbers in line {number}, got {line!r}")
+    return [[float(cell) for cell in cells] for _, cells in lines]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None) -> Tensor | None:
@@ -137,8 +164,12 @@ def _given(flow: nn.Module, labels: Sequence[int] | None, context: Tensor | None
             None: "draws without labels or context",
         }
         raise ValueError(f"this flow {how[needs]}; got {' and '.join(got) or 'neither'}.")
-    if needs != "labels":
-        return context
+    if needs is None:
+        return None
+    if needs == "context":
+        # Units are taken off in float64; other layers know their own dtype alone.
+        in_units = isinstance(getattr(flow, "embedding_net", None), StandardizedContext)
+        return context if in_units else context.to(next(flow.parameters()).dtype)
     wrong = [label for label in labels if not 0 <= label < classes]
     if wrong or not labels:
         raise ValueError(f"labels must be 0 to {classes - 1}, got {wrong or 'none'}.")

@@ -243,6 +243,13 @@ BAD = {
 }
 
 
+def test_a_context_that_never_varies_is_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c\n" + "".join(f"{i},7,{-i}\n" for i in range(30)))
+    with pytest.raises(ValueError, match="got 7 in all 24 training rows of 'b'"):
+        Table(str(path), context=["c", "b"]).setup()
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_csv_is_refused_in_one_line(tmp_path, name):
     text, words = BAD[name]

@@ -106,6 +106,18 @@ MISFITS = {
         with_attributes(Fixed(PIXELS + 1 / 17), grey_levels=17),
         ["k / 17", "between 0.05882 and 1"],
     ),
+    "one late pixel": (
+        levels(17),
+        with_attributes(
+            Fixed(but(PIXELS.repeat(300, 1, 1, 1), (-1, 0, 3, 3), 1.5)), grey_levels=17
+        ),
+        ["k / 17", "1.5 in its train split"],
+    ),
+    "float64 without Standardize": (
+        Flow(Composite([AffineCoupling(2, MLP), Rotation(2)]), Normal(2)),
+        Fixed(1e9 + X.double()),
+        ["rescale the columns, or begin the flow with Standardize"],
+    ),
     "outside the range of a layer": (
         Flow(Logit(), Normal(2)),
         Fixed(X),

@@ -61,6 +61,18 @@ def test_a_table_given_a_context_draws_for_its_rows(tmp_path, monkeypatch):
     assert list(Path("runs").glob("*/*/marginals.png"))
 
 
+def test_samples_beside_a_table_keep_their_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("a,b\n" + "".join(f"{1_700_000_000 + i},{-i}\n" for i in range(60)))
+    drawn = []
+    marginals = plots.marginals
+    monkeypatch.setattr(
+        plots, "marginals", lambda x, *rest: drawn.append(x) or marginals(x, *rest)
+    )
+    train.main(["--data=datasets.tabular.Table", "--data.init_args.path=t.csv", *SHORT])
+    assert len(drawn[0][:, 0].unique()) > 1000
+
+
 def test_each_row_shows_one_class():
     images = torch.arange(12.0).view(12, 1, 1, 1)
     grid = _by_class(images, torch.tensor([0, 2] * 6), 3).view(3, COLUMNS)
@@ -102,3 +114,22 @@ def test_clouds_have_a_panel_each():
     figure = plots.clouds(torch.randn(5, 7, 2), list("abcde"))
     assert [axis.get_title() for axis in figure.axes][:5] == list("abcde")
     assert len(figure.axes) == 8
+
+
+def test_few_points_are_larger_than_thousands():
+    few, many = (plots.samples(torch.randn(n, 2)).axes[0].collections[0] for n in (64, 5000))
+    assert few.get_sizes().item() > 5 * many.get_sizes().item()
+
+
+def test_columns_of_other_units_fill_the_picture(tmp_path):
+    drawn = torch.randn(2, 50, 2)
+    for scale, aspect in ((1, 1), (1e-12, "auto")):
+        figure = plots.clouds(drawn * torch.tensor([1, scale]), "ab")
+        assert all(axis.get_aspect() == aspect for axis in figure.axes)
+        plots.save(figure, tmp_path / "x.png")
+
+
+def test_the_history_of_one_epoch_can_be_seen():
+    figure = plots.history([{"epoch": 0, "train/nll": 2.0, "val/nll": 1.9, "val/kl": 0.1}])
+    lines = [line for axis in figure.axes for line in axis.lines]
+    assert len(lines) == 3 and all(line.get_marker() == "o" for line in lines)

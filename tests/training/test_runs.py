@@ -226,6 +226,10 @@ def test_help_fits_a_screen(capsys):
         "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         "one feature": (["--model.flow.init_args.features=1"], ["at least 2", "got 1"]),
         "unknown flow": (["--model.flow.class_path=flows.recipes.Nope"], ["Nope"]),
+        "unknown data": (
+            ["--data=datasets.toy.Nope"],
+            ['"data": Problem with given class_path', "no attribute 'Nope'"],
+        ),
         "missing data": (
             ["--data=datasets.images.FashionMNIST", "--data.init_args.root=nowhere"],
             ["nowhere", "train-images-idx3-ubyte"],
@@ -236,7 +240,11 @@ def test_help_fits_a_screen(capsys):
         "option without value": (["--ckpt_path", "--model.lr=1e-3"], ["--ckpt_path"]),
         "no batch": (["--data.init_args.batch_size=0"], ["batch_size", "at least 1, got 0"]),
         "fast_dev_run": (["--trainer.fast_dev_run=true"], ["fast_dev_run", "max_epochs=1"]),
+        "no test": (["--trainer.limit_test_batches=0"], ["limit_test_batches must not be 0"]),
         "test without checkpoint": (["test"], ["--ckpt_path"]),
+        "sample without checkpoint": (["sample"], ["required: --ckpt_path", "sample --help"]),
+        "samples in words": (["sample", "--ckpt_path=x", "--num_samples=two"], ["'two'"]),
+        "unknown command": (["evaluate"], ["evaluate: expected fit, test, sample"]),
         "sample without file": (["sample", "--ckpt_path", "nowhere"], ["nowhere"]),
     }.values(),
     ids=lambda value: " ".join(value)[:40],
@@ -257,11 +265,6 @@ def test_a_missing_extra_is_one_line(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_command_is_refused():
-    with pytest.raises(SystemExit, match="unknown command evaluate: expected fit, test, sample"):
-        train.main(["evaluate"])
-
-
 def test_a_checkpoint_named_in_a_config_is_refused(run, tmp_path, capsys):
     config = tmp_path / "resume.yaml"
     config.write_text(f"ckpt_path: {run}/last.ckpt\n" + (run / "config.yaml").read_text())
@@ -280,6 +283,13 @@ def test_a_run_is_not_resumed_with_other_data(copy, capsys):
     before = contents(copy)
     printed = refused(capsys, "--ckpt_path", str(copy / "last.ckpt"), "--data.init_args.seed=5")
     assert "seed=5" in printed and "seed=0" in printed
+    assert contents(copy) == before
+
+
+def test_a_run_is_not_resumed_to_an_earlier_epoch(copy, capsys):
+    before = contents(copy)
+    printed = refused(capsys, "--ckpt_path", str(copy), "--trainer.max_epochs=3")
+    assert "has 4 epochs behind it" in printed and "got 3" in printed
     assert contents(copy) == before
 
 

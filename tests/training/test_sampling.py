@@ -122,11 +122,41 @@ def test_the_command_takes_context_rows(runs, tmp_path, monkeypatch, capsys, suf
         ("a,b\n1,2\n\n3,4\n", [[1, 2], [3, 4]]),
         ("7\n8\n", [[7], [8]]),
         ("7,8", [[7, 8]]),
+        ("\ufeff7,8\n9,10\n", [[7, 8], [9, 10]]),
     ],
 )
 def test_contexts_are_read_with_and_without_a_header(tmp_path, text, expected):
     (tmp_path / "c.csv").write_text(text)
-    assert torch.equal(read_context(tmp_path / "c.csv"), torch.tensor(expected).float())
+    assert torch.equal(read_context(tmp_path / "c.csv"), torch.tensor(expected).double())
+
+
+def written(flow: torch.nn.Module, recipe: str, path: Path) -> Path:
+    config = {"class_path": "flows.recipes.RotationSplineFlow", "init_args": FLOWS[recipe][1]}
+    weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
+    torch.save({"state_dict": weights, "flow_config": config}, path)
+    return path
+
+
+def test_contexts_far_from_zero_keep_their_digits(runs, tmp_path):
+    near = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    far = near + torch.tensor([1.7e9, 0.0], dtype=torch.float64)
+    flow = flows.load(runs["context"])
+    flow.train().log_prob(torch.zeros(3, 2), far)
+    path = written(flow, "context", tmp_path / "far.ckpt")
+    np.save(tmp_path / "c.npy", far.numpy())
+    context = read_context(tmp_path / "c.npy")
+    write_samples(path, 1, context=context, temperature=0, output=tmp_path / "x.npy")
+    assert len(np.unique(np.load(tmp_path / "x.npy")[:, 0, 0])) == 3
+
+
+def test_samples_far_from_zero_keep_their_digits(runs, tmp_path):
+    rows = torch.randn(200, 2, dtype=torch.float64)
+    flow = flows.load(runs["plain"])
+    flow.train().log_prob(rows + torch.tensor([1.7e9, 0.0], dtype=torch.float64))
+    path = written(flow, "plain", tmp_path / "far.ckpt")
+    write_samples(path, 50, output=tmp_path / "x.csv")
+    found = np.loadtxt(tmp_path / "x.csv", delimiter=",")
+    assert len(np.unique(found[:, 0])) == 50
 
 
 @pytest.mark.parametrize(
@@ -134,8 +164,9 @@ def test_contexts_are_read_with_and_without_a_header(tmp_path, text, expected):
     [
         ("", "it has no row"),
         ("a,b\n", "it has no row"),
-        ("1,2\n3\n", "no table of numbers"),
-        ("1,2\n3,x\n", "no table of numbers"),
+        ("1,2\n3\n", "no table of numbers: expected 2 numbers in line 2, got '3'"),
+        ("a,b\n1,2\n\n3,x\n", "no table of numbers: expected 2 numbers in line 4, got '3,x'"),
+        ("1,x\n3,4\n", "no table of numbers: expected 2 numbers in line 1, got '1,x'"),
         ("1,nan\n", "must hold finite numbers"),
     ],
 )
@@ -159,7 +190,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path, array):
         ("classes", [], "draws given labels, 0 to 2: name them with --labels; got neither"),
         ("classes", ["--context", "rows.csv"], "0 to 2: name them with --labels; got context"),
         ("classes", ["--labels", "0,3,-1"], "labels must be 0 to 2, got [3, -1]"),
-        ("classes", ["--labels", "zero"], "whole numbers with commas between, got zero"),
+        ("classes", ["--labels", "zero"], "whole numbers with commas between, got 'zero'"),
         ("classes", ["--labels", "0", "--context", "rows.csv"], "got labels and context"),
         ("context", [], "name a file of its rows with --context; got neither"),
         ("context", ["--labels", "1"], "with --context; got labels"),

@@ -60,7 +60,9 @@ def test_resumed_it_only_ends_again_unless_it_may_be_more_patient(stopped):
     assert len(validations(stopped)) > len(scores)
 
 
-@pytest.mark.parametrize("limit", ["max_epochs=1", "max_steps=3", "max_time=00:00:00:00"])
+@pytest.mark.parametrize(
+    "limit", ["max_epochs=1", "max_epochs=0", "max_steps=3", "max_time=00:00:00:00"]
+)
 def test_the_summary_names_what_else_ended_a_run(tmp_path, limit):
     train.main([*SMALL, f"--trainer.default_root_dir={tmp_path}", f"--trainer.{limit}"])
     (folder,) = tmp_path.glob("*/*")
