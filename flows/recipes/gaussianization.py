@@ -26,10 +26,11 @@ class GaussianizationFlow(Flow):
         layers: Pairs of rotation and splines.
         bins: Bins per spline.
         tail_bound: The splines act on [-tail_bound, tail_bound].
-        context_features: Columns of the context; 0 for none.
-        classes: Number of classes, whose labels are the context instead; None for none.
         hidden_features: Width of the networks that map the context to splines.
         blocks: Residual blocks of these networks.
+        context_features: Columns of the context; 0 for none.
+        classes: Number of classes, whose labels are the context instead; None for none.
+        dropout: Dropout in these networks.
 
     Reference:
         Meng et al. (2020), Gaussianization Flows, arXiv 2003.01941; there the marginal maps
@@ -48,10 +49,11 @@ class GaussianizationFlow(Flow):
         layers: int = 16,
         bins: int = 16,
         tail_bound: float = 4.0,
-        context_features: int = 0,
-        classes: int | None = None,
         hidden_features: int = 64,
         blocks: int = 2,
+        context_features: int = 0,
+        classes: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers, hidden_features=hidden_features)
@@ -64,6 +66,7 @@ class GaussianizationFlow(Flow):
                 hidden_features=hidden_features,
                 blocks=blocks,
                 context_features=width,
+                dropout=dropout,
             )
         transforms = [Standardize(features), ActNorm(features)]
         for _ in range(layers):
