@@ -21,6 +21,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from flows.flow import read_checkpoint
 from flows.training.callbacks import BestAndLast, EpochSeed, Recorder
 from flows.training.module import DensityEstimator
+from flows.training.resume import (
+    check_architecture,
+    check_data,
+    check_resumable,
+    checkpoint_at,
+)
 from flows.training.run import finish, new_folder
 from flows.transforms.base import InputOutsideDomain
 
@@ -46,7 +52,7 @@ class RunCLI(LightningCLI):
         self.resumed_from = None
         self.beside: Path | None = None
         if checkpoint is not None:
-            self.resumed_from = _existing(Path(checkpoint), default_config is not None)
+            self.resumed_from = checkpoint_at(Path(checkpoint), resume=default_config is not None)
             read_checkpoint(self.resumed_from)
             beside = self.resumed_from.parent / "config.yaml"
             self.beside = beside if beside.is_file() else None
@@ -103,11 +109,15 @@ class RunCLI(LightningCLI):
         if self.config.trainer.limit_test_batches == 0:
             raise ValueError("limit_test_batches must not be 0: a run ends with a test.")
         if self.resumed_from is not None:
-            _check_architecture(self.resumed_from, self._flow_config)
+            check_architecture(self.resumed_from, self._flow_config)
         if self.beside is not None:
             self.folder = self.beside.parent
             self.experiment = self.folder.parent.name
-            self._check_data()
+            saved, asked = (
+                yaml.safe_load(text).get("data")
+                for text in (self.beside.read_text(), self.parser.dump(self.config))
+            )
+            check_data(self.resumed_from, saved, asked)
         else:
             config = Path(str(self.config.config[-1])).resolve()
             # The config of an earlier run stands in <experiment>/<time>/config.yaml.
@@ -123,18 +133,6 @@ class RunCLI(LightningCLI):
             arguments = getattr(logger, "init_args", None)
             if arguments is not None and arguments.get("save_dir", "") in (".", None):
                 arguments.save_dir = str(self.folder)
-
-    def _check_data(self) -> None:
-        """A resumed run keeps its data, or its numbers would belong to neither."""
-        saved, asked = (
-            yaml.safe_load(text).get("data")
-            for text in (self.beside.read_text(), self.parser.dump(self.config))
-        )
-        if saved != asked:
-            raise ValueError(
-                f"{self.resumed_from} was trained on other data: expected {_short(saved)}, "
-                f"got {_short(asked)}; start a new run instead."
-            )
 
     @property
     def _flow_config(self) -> dict[str, Any]:
@@ -156,22 +154,11 @@ class RunCLI(LightningCLI):
     def open_run(self) -> None:
         """Try data and flow together, which shows mistakes; only then create the folder."""
         if self.resumed_from is not None:
-            checkpoint = read_checkpoint(self.resumed_from)
-            missing = {"optimizer_states", "loops"} - set(checkpoint)
-            if missing:
-                names = ", ".join(sorted(missing))
-                raise ValueError(f"{self.resumed_from} cannot be resumed: it lacks {names}.")
-            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            if 0 <= self.trainer.max_epochs < epochs:
-                raise ValueError(
-                    f"{self.resumed_from} has {epochs} epochs behind it: expected at least as "
-                    f"many for trainer.max_epochs, got {self.trainer.max_epochs}."
-                )
-            if "parameter_average" in checkpoint and not self.model.ema_decay:
-                raise ValueError(
-                    f"{self.resumed_from} was trained with averaged parameters: expected a "
-                    "model.ema_decay greater than 0 to go on, got 0."
-                )
+            check_resumable(
+                self.resumed_from,
+                max_epochs=self.trainer.max_epochs,
+                ema_decay=self.model.ema_decay,
+            )
         if self.model.early_stopping_patience and self.trainer.limit_val_batches == 0:
             raise ValueError(
                 "early_stopping_patience needs validation, got trainer.limit_val_batches 0."
@@ -264,28 +251,3 @@ def _named_files(args: list[str]) -> tuple[str | None, str | None]:
     parser.add_argument("-c", "--config")
     known, _ = parser.parse_known_args(args)
     return known.ckpt_path, known.config
-
-
-def _existing(path: Path, to_resume: bool) -> Path:
-    """The checkpoint that a path means: in a run folder the last one to resume, else the best."""
-    path = path.expanduser().resolve()
-    if path.is_dir():
-        return path / ("last.ckpt" if to_resume else "best.ckpt")
-    return path
-
-
-def _check_architecture(path: Path, expected: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose flow was built by another config."""
-    found = read_checkpoint(path).get("flow_config")
-    if found != expected:
-        raise ValueError(
-            f"{path} belongs to another architecture: expected {_short(expected)}, "
-            f"got {_short(found)}."
-        )
-
-
-def _short(config: dict[str, Any] | None) -> str:
-    if config is None:
-        return "nothing"
-    arguments = ", ".join(f"{k}={v!r}" for k, v in (config.get("init_args") or {}).items())
-    return f"{config['class_path'].rpartition('.')[2]}({arguments})"
