@@ -4,7 +4,7 @@
   python train.py --config configs/images/digits.yaml   another experiment
   python train.py --model.lr=1e-3                       override any key
   python train.py --print_config                        the config with all keys
-  python train.py --model.flow.help flows.recipes.Glow  keys of a model; --data.help
+  python train.py --model.flow.help flows.recipes.Glow  keys of a model
   python train.py --ckpt_path runs/.../last.ckpt        resume a run
   python train.py --trainer.logger=WandbLogger          Weights & Biases as well
   python train.py test --ckpt_path runs/.../best.ckpt
