@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flows.checks import check_at_least
 from flows.transforms.base import Transform
 
-__all__ = ["DensityModel", "Flow", "load", "read_checkpoint"]
+__all__ = ["DensityModel", "Flow", "find_checkpoint", "load", "read_checkpoint"]
 
 
 class Flow(nn.Module):
@@ -143,12 +143,7 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If it is damaged, or belongs to another architecture.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = [path / name for name in ("best.ckpt", "last.ckpt") if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"expected best.ckpt or last.ckpt in {path}, found neither.")
-        path = found[0]
+    path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     if flow is None:
         config = checkpoint.get("flow_config")
@@ -174,6 +169,17 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
         reasons = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this flow: {reasons[:400]}") from None
     return flow.eval()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: of a run folder the best one, else the last."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    for name in ("best.ckpt", "last.ckpt"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"expected best.ckpt or last.ckpt in {path}, found neither.")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

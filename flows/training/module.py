@@ -207,3 +207,5 @@ class DensityEstimator(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["flow_config"] = self.flow_config
+        # Samples of a table bear its names.
+        checkpoint["columns"] = getattr(self.trainer.datamodule, "columns", None)

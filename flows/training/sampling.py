@@ -1,5 +1,6 @@
 """Samples from a trained flow, as a picture or as numbers."""
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from flows import plots
 from flows.checks import check_at_least
-from flows.flow import load
+from flows.flow import find_checkpoint, load, read_checkpoint
 from flows.nets import StandardizedContext
 from flows.transforms import Standardize
 
@@ -46,8 +47,8 @@ def write_samples(
 
     Shape:
         NPY: (num_samples, ...), with labels or context (rows, num_samples, ...). CSV: a line
-        per sample, all samples of the first row first. PNG: a line of images, or a panel of
-        points, for each row.
+        per sample, all samples of the first row first, below the names of a table's columns.
+        PNG: a line of images, or a panel of points, for each row.
 
     Returns:
         The file written.
@@ -81,7 +82,11 @@ def write_samples(
             np.save(output, samples.numpy())
         case ".csv":
             fmt = "%.9g" if samples.dtype == torch.float32 else "%.17g"
-            np.savetxt(output, flat.flatten(1).numpy(), delimiter=",", fmt=fmt)
+            with open(output, "w", encoding="utf-8", newline="") as file:
+                columns = read_checkpoint(find_checkpoint(path)).get("columns")
+                if columns is not None:
+                    csv.writer(file).writerow(columns)
+                np.savetxt(file, flat.flatten(1).numpy(), delimiter=",", fmt=fmt)
         case ".png" if drawable:
             plots.save(_picture(flow, samples, labels, given), output)
         case _:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from datasets.tabular import Table
 from flows import plots
 from flows.training.run import COLUMNS, _beside, _by_class
 
@@ -58,7 +59,14 @@ def test_a_table_given_a_context_draws_for_its_rows(tmp_path, monkeypatch):
     args = ["--data=datasets.tabular.Table", "--data.init_args.path=t.csv"]
     args += ["--data.init_args.context=[c]", "--model.flow.init_args.context_features=1"]
     train.main([*args, *SHORT, "--model.flow.init_args.layers=1"])
-    assert list(Path("runs").glob("*/*/marginals.png"))
+    (picture,) = Path("runs").glob("*/*/marginals.png")
+    Path("rows.csv").write_text("c\n0.5\n-1\n")
+    sample = ["sample", "--context=rows.csv", "--num_samples=30", "--output=s.csv"]
+    train.main([*sample, f"--ckpt_path={picture.parent}"])
+    # A table of the same columns, which can be trained on in turn.
+    again = Table("s.csv", features=["a", "b"])
+    again.setup()
+    assert sum(len(inputs) for (inputs,) in again.splits.values()) == 2 * 30
 
 
 def test_samples_beside_a_table_keep_their_digits(tmp_path, monkeypatch):
