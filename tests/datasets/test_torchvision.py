@@ -2,14 +2,11 @@
 
 import gc
 import hashlib
-import os
-import subprocess
 import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,21 +16,10 @@ from PIL import Image
 from datasets.image_folder import ImageFolder
 from datasets.images import CIFAR10, MNIST, SVHN, FashionMNIST
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-vision" / "bin" / "python"
-HERE = find_spec("torchvision") is not None
-
-with_torchvision = pytest.mark.skipif(not HERE, reason="needs torchvision: make vision-test")
-
-
-@pytest.mark.skipif(HERE, reason="this is the environment with torchvision")
-@pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-vision: make vision-test builds it")
-def test_the_environment_with_torchvision_passes():
-    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert " passed" in process.stdout and "failed" not in process.stdout
+pytestmark = pytest.mark.skipif(
+    not find_spec("torchvision"),
+    reason="torchvision has an environment of its own: make vision-test",
+)
 
 
 @pytest.fixture
@@ -82,7 +68,6 @@ def mnist_files(random_images):
     return {"train": random_images(8, 28, 28), "test": random_images(5, 28, 28, seed=1)} | labels
 
 
-@with_torchvision
 @pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
 def test_mnist_is_what_torchvision_reads(tmp_path, vision, kind, mnist_files, write_mnist):
     write_mnist(tmp_path, kind.__name__, **mnist_files)
@@ -92,7 +77,6 @@ def test_mnist_is_what_torchvision_reads(tmp_path, vision, kind, mnist_files, wr
         same((pixels[:, 0], labels), (theirs.data, theirs.targets))
 
 
-@with_torchvision
 def test_mnist_is_downloaded(tmp_path, vision, server, mnist_files, write_mnist, monkeypatch):
     folder, address = server
     write_mnist(folder, "MNIST", **mnist_files, gzipped=True)
@@ -113,7 +97,6 @@ def cifar_files(random_images, write_cifar):
     return images, labels, partial(write_cifar, images=images, labels=labels)
 
 
-@with_torchvision
 def test_cifar_is_what_torchvision_reads(tmp_path, vision, cifar_files, monkeypatch):
     *_, write = cifar_files
     write(tmp_path)
@@ -125,7 +108,6 @@ def test_cifar_is_what_torchvision_reads(tmp_path, vision, cifar_files, monkeypa
         same((pixels.permute(0, 2, 3, 1), labels), (theirs.data, theirs.targets))
 
 
-@with_torchvision
 def test_cifar_is_downloaded(tmp_path, vision, server, cifar_files, monkeypatch):
     folder, address = server
     images, labels, write = cifar_files
@@ -158,7 +140,6 @@ def svhn_files(random_images, write_svhn):
     return images, digits, write
 
 
-@with_torchvision
 def test_svhn_is_what_torchvision_reads(tmp_path, vision, svhn_files, monkeypatch):
     *_, write = svhn_files
     write(tmp_path)
@@ -169,7 +150,6 @@ def test_svhn_is_what_torchvision_reads(tmp_path, vision, svhn_files, monkeypatc
         same((pixels, labels), (theirs.data, theirs.labels))
 
 
-@with_torchvision
 def test_svhn_is_downloaded(tmp_path, vision, server, svhn_files, monkeypatch):
     folder, address = server
     images, digits, write = svhn_files
@@ -183,7 +163,6 @@ def test_svhn_is_downloaded(tmp_path, vision, server, svhn_files, monkeypatch):
     same(ours[1], (images[6:], digits[6:]))
 
 
-@with_torchvision
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # torchvision's
 def test_a_download_that_fails_is_one_line(tmp_path, vision, server, monkeypatch):
     _, address = server
@@ -197,7 +176,6 @@ def test_a_download_that_fails_is_one_line(tmp_path, vision, server, monkeypatch
     gc.collect()
 
 
-@with_torchvision
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 3), ("L", 1), ("RGB", 1)])
 def test_image_folder_is_what_torchvision_reads(tmp_path, vision, mode, channels):
     from torchvision import transforms

@@ -401,7 +401,7 @@ def test_function_transforms_of_the_angles_agree_with_the_reference(impl, compos
 
 
 @every_fast
-@pytest.mark.xfail(reason="PyTorch: wrong through any custom function, seen with 2.13")
+@pytest.mark.xfail(strict=True, reason="PyTorch 2.13: wrong through any custom function")
 def test_forward_over_forward_agrees_with_the_reference(impl):
     schedule = givens.crossing(3)
     angles = torch.randn(3, dtype=torch.float64)
