@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "numba", "triton", "geotorch", "nflows", "normflows", "zuko")
 _told = 0.0  # when progress last said something to a file
 # What a candidate may raise when it does not serve a size, a dtype or a device.
 FAILURES = (ImportError, MemoryError, NotImplementedError, RuntimeError, ValueError)
@@ -162,9 +163,7 @@ def write_json(
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "command": " ".join(command),
-        "versions": {
-            p: _version(p) for p in ("torch", "numba", "triton", "geotorch", "nflows", "zuko")
-        },
+        "versions": {p: _version(p) for p in PACKAGES},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         **more,
         "rows": rows,

@@ -1,0 +1,152 @@
+"""Models that learn the same data for the same time, each in a process of its own.
+
+A process of its own because libraries change global state, and so that neither caches nor
+threads of one model serve another. A benchmark module names its models; called with ``--run`` it
+trains one of them and prints its row as JSON, and ``race`` starts it so for every row.
+"""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from benchmarks.timing import progress
+
+__all__ = ["race", "train"]
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[Tensor],
+    *,
+    seconds: float,
+    lr: float,
+    warmup: float = 0.02,
+    clip: float = 5.0,
+    weight_decay: float = 0.0,
+    ema_decay: float = 0.0,
+    validate: Callable[[nn.Module], float] | None = None,
+    validations: int = 20,
+) -> tuple[nn.Module, dict]:
+    """Maximize ``model.log_prob`` of the batches with AdamW for so many seconds of wall time.
+
+    The learning rate rises for a part ``warmup`` of the time, then falls to zero as a cosine.
+    One step of a copy comes first and does not count: it compiles and fills caches. Drawing the
+    batches counts, and so does validation.
+
+    Args:
+        model: With ``log_prob(inputs)``, shape (batch,), nats.
+        batches: Endless.
+        seconds: Wall time.
+        lr: Peak of the learning rate.
+        warmup: Part of the time in which the learning rate rises.
+        clip: Largest norm of the gradient.
+        weight_decay: Decoupled weight decay of all matrices.
+        ema_decay: Decay per step of an average of the parameters, which is then the result;
+            0 for none.
+        validate: Loss on held-out data of a model in eval mode; the best of ``validations``
+            states, at equal distances in time, is then the result.
+        validations: Number of validations.
+
+    Returns:
+        The trained model in eval mode, and what it took: steps, seconds of wall and of
+        processor time, curve of the validations (seconds, loss).
+    """
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor) -> None:
+        optimizer.zero_grad()
+        loss = -model.log_prob(inputs).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+
+    model.train()
+    spare = copy.deepcopy(model)
+    step(spare, make_optimizer(spare), next(batches))
+    optimizer = make_optimizer(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    best, best_loss, curve, steps = None, math.inf, [], 0
+    start, processor = time.perf_counter(), time.process_time()
+    while (part := (time.perf_counter() - start) / seconds) < 1:
+        rate = min(1.0, part / warmup) * 0.5 * (1 + math.cos(math.pi * part))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate
+        step(model, optimizer, next(batches))
+        if ema_decay:
+            average.update_parameters(model)
+        steps += 1
+        if validate is not None and part * validations >= len(curve) + 1:
+            result = _result(model, average, ema_decay)
+            with torch.no_grad():
+                loss = validate(result)
+            curve.append((time.perf_counter() - start, loss))
+            if loss < best_loss:
+                best, best_loss = copy.deepcopy(result), loss
+            model.train()
+    took = {
+        "steps": steps,
+        "wall_seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - processor,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    result = _result(model, average, ema_decay)
+    if validate is not None:
+        took["curve"] = curve
+        with torch.no_grad():
+            if validate(result) > best_loss:
+                result = best
+    return result, took
+
+
+def _result(model: nn.Module, average: AveragedModel, ema_decay: float) -> nn.Module:
+    return (average.module if ema_decay else model).eval()
+
+
+def race(module: str, rows: list[dict], *, threads: int, at_once: int) -> list[dict]:
+    """Run ``python -m benchmarks.<module> --run <row as JSON>`` for every row.
+
+    Args:
+        module: Name of the benchmark.
+        rows: What says which model is to be trained on what.
+        threads: Threads of every process.
+        at_once: Processes side by side; times are fair where each has its own cores.
+
+    Returns:
+        The rows with what their processes found; ``"error"`` where one failed.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
+    done = 0
+
+    def run(row: dict) -> dict:
+        nonlocal done
+        command = [sys.executable, "-m", f"benchmarks.{module}", "--run", json.dumps(row)]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done += 1
+        progress(f"{done} of {len(rows)}: {' '.join(str(value) for value in row.values())}")
+        if finished.returncode:
+            lines = finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"]
+            return row | {"error": lines[-1]}
+        return row | json.loads(finished.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(at_once) as pool:
+        found = list(pool.map(run, rows))
+    progress("")
+    return found
