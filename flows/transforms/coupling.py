@@ -64,17 +64,48 @@ class Coupling(Transform):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_coupling(inputs, context, inverse=True)
 
+    def recover(
+        self, outputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``forward`` (``inverse``) was given when it returned these outputs.
+
+        The kept half is the same before and after, so one call of the conditioner serves both
+        the way back and the way forth.
+
+        Returns:
+            The inputs, a leaf that requires its gradient; outputs and logabsdet as functions
+            of it.
+        """
+        check_features(outputs, self.features)
+        inputs = outputs.detach().clone().requires_grad_()
+        kept, _ = self._split(inputs)
+        parameters = self.net(kept, context).to(inputs.dtype)
+        with torch.no_grad():
+            _, moved = self._split(outputs)
+            moved, _ = self.couple(moved, parameters, inverse=not inverse)
+            # Not by the tensor itself: its kept half, which autograd has saved, stays valid.
+            self._split(inputs.data)[1].copy_(moved)
+        _, moved = self._split(inputs)
+        moved, logabsdet = self.couple(moved, parameters, inverse=inverse)
+        return inputs, self._join(kept, moved), logabsdet
+
     def _apply_coupling(
         self, inputs: Tensor, context: Tensor | None, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features)
-        first, second = inputs.split(self.sizes, dim=1)
-        kept, moved = (second, first) if self.flip else (first, second)
+        kept, moved = self._split(inputs)
         # Autocast may have made them in half precision; what they do is done in full.
         parameters = self.net(kept, context).to(inputs.dtype)
         moved, logabsdet = self.couple(moved, parameters, inverse=inverse)
-        halves = (moved, kept) if self.flip else (kept, moved)
-        return torch.cat(halves, dim=1), logabsdet
+        return self._join(kept, moved), logabsdet
+
+    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept and moved half."""
+        first, second = inputs.split(self.sizes, dim=1)
+        return (second, first) if self.flip else (first, second)
+
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        return torch.cat((moved, kept) if self.flip else (kept, moved), dim=1)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, flip={self.flip}"

@@ -54,6 +54,7 @@ from flows.transforms import (
     VariationalDequantize,
 )
 from flows.transforms.base import preserves_volume
+from flows.transforms.composite import Memory
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 ROWS = 3
@@ -112,14 +113,15 @@ def image_steps(channels: int) -> Composite:
     )
 
 
-def vector_steps() -> Composite:
+def vector_steps(memory: Memory = "store") -> Composite:
     return Composite(
         [
             ActNorm(3),
             Rotation(3, init="haar"),
             SplineCoupling(3, MLP_NET, **SPLINE),
             Composite([ElementwiseSpline(3, **SPLINE), AffineCoupling(3, CONTEXT_NET)]),
-        ]
+        ],
+        memory=memory,
     )
 
 
@@ -318,6 +320,8 @@ CASES = {
     "squeeze": Case(Squeeze, reals(2, 4, 2), any_shape=True, keeps_shape=False),
     "multiscale": Case(image_levels, reals(1, 4, 8), keeps_shape=False),
     "composite": Case(vector_steps, reals(3), "used"),
+    "composite, checkpoint": Case(lambda: vector_steps("checkpoint"), reals(3), "used"),
+    "composite, reversible": Case(lambda: vector_steps("reversible"), reals(3), "used"),
 }
 
 OTHER = {"forward": "inverse", "inverse": "forward"}
@@ -657,6 +661,24 @@ def test_gradients_match_finite_differences(case, direction):
         return functional_call(module, parameters, (inputs, context))
 
     assert gradcheck(results, (inputs.requires_grad_(), *module.parameters()), fast_mode=True)
+
+
+@each_smooth_direction
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_gradients_are_the_same_whatever_is_kept(case, direction, memory):
+    transform = build(case)
+    inputs, context = arguments(case, transform, direction)
+    leaves = [leaf.requires_grad_() for leaf in (inputs, context) if leaf is not None]
+
+    def gradients(layer: Transform) -> tuple[Tensor, ...]:
+        outputs, logabsdet = apply(layer, direction, inputs, context)
+        loss = outputs.sin().sum() + logabsdet.cos().sum()
+        wanted = [*leaves, *layer.parameters()]
+        return torch.autograd.grad(loss, wanted, materialize_grads=True)
+
+    twice = [transform, InverseTransform(transform), transform]
+    expected, found = (gradients(Composite(twice, memory=m)) for m in ("store", memory))
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-7)
 
 
 @each_smooth_direction

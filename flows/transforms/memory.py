@@ -1,0 +1,288 @@
+"""Chains of transforms that keep less for the backward pass than autograd would.
+
+Checkpointing keeps the inputs of some transforms and repeats the rest. A reversible chain
+recovers inputs from outputs as well, so that what it keeps does not grow with its length. Both
+repeat a transform as it was: with the same parameters, noise and precision, and without updating
+its statistics again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from flows.transforms.base import Transform
+
+__all__ = ["run", "run_checkpointed", "run_reversible"]
+
+Result = tuple[Tensor, Tensor]
+
+
+def run(
+    transforms: Iterable[Transform], inputs: Tensor, context: Tensor | None, inverse: bool
+) -> Result:
+    """Outputs and logabsdet of one transform after the other, in the given order."""
+    total = inputs.new_zeros(inputs.shape[0])
+    for transform in transforms:
+        inputs, logabsdet = _step(transform, inputs, context, inverse)
+        total = total + logabsdet
+    return inputs, total
+
+
+def run_checkpointed(
+    transforms: Sequence[Transform],
+    inputs: Tensor,
+    context: Tensor | None,
+    inverse: bool,
+    keep_every: int,
+) -> Result:
+    """As :func:`run`; the backward pass repeats ``keep_every`` transforms at a time."""
+    total = inputs.new_zeros(inputs.shape[0])
+    for start in range(0, len(transforms), keep_every):
+        part = _Repeatable(transforms[start : start + keep_every], inverse)
+        inputs, logabsdet = checkpoint(part, inputs, context, use_reentrant=False)
+        total = total + logabsdet
+    return inputs, total
+
+
+@torch.compiler.disable
+def run_reversible(
+    transforms: Sequence[Transform],
+    inputs: Tensor,
+    context: Tensor | None,
+    inverse: bool,
+    keep_every: int,
+    report: Callable[[Tensor], None],
+) -> Result:
+    """As :func:`run`; the backward pass recovers what is not kept, and reports its error."""
+    names = [dict(transform.named_parameters()) for transform in transforms]
+    # A parameter that several transforms share is one input.
+    parameters = list({id(p): p for found in names for p in found.values()}.values())
+    number = {id(p): i for i, p in enumerate(parameters)}
+    numbers = [{name: number[id(p)] for name, p in found.items()} for found in names]
+    chain = transforms, numbers, inverse, keep_every, report
+    return _Reversible.apply(chain, inputs, context, *parameters)
+
+
+class _Repeatable:
+    """A chain that is called again in the backward pass, as if for the first time."""
+
+    def __init__(self, transforms: Sequence[Transform], inverse: bool) -> None:
+        self.chain = nn.ModuleList(transforms)
+        self.inverse = inverse
+        self.parameters: dict[str, Tensor] | None = None
+        self.updates = False
+
+    def __call__(self, inputs: Tensor, context: Tensor | None) -> Result:
+        arguments = inputs, context, self.inverse
+        if self.parameters is not None:
+            return _lend(self.chain, self.parameters, self.updates, run, *arguments)
+        self.parameters = dict(self.chain.named_parameters())
+        versions = _versions(self.chain)
+        result = run(self.chain, *arguments)
+        self.updates = _versions(self.chain) != versions
+        return result
+
+
+class _Reversible(torch.autograd.Function):
+    """A chain that keeps its outputs, and the inputs of every ``keep_every``-th transform.
+
+    The parameters are inputs here, so that whatever watches their gradients sees them. The
+    backward pass differentiates one transform at a time with respect to copies of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, chain: tuple, inputs: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> Result:
+        transforms, _, inverse, keep_every, _ = ctx.chain = chain
+        ctx.precision = _precision(inputs.device)
+        ctx.noise, ctx.updates, kept = [], [], []
+        outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
+        with torch.autocast(**ctx.precision):
+            for k, transform in enumerate(transforms):
+                if k % keep_every == 0:
+                    kept.append(outputs)
+                noise, versions = _noise(inputs.device), _versions(transform)
+                outputs, logabsdet = _step(transform, outputs, context, inverse)
+                total = total + logabsdet
+                same = all(map(torch.equal, noise, _noise(inputs.device)))
+                ctx.noise.append(None if same else noise)
+                ctx.updates.append(_versions(transform) != versions)
+        if outputs is inputs or outputs._is_view():
+            outputs = outputs.clone()  # callers may write into what they get
+        ctx.save_for_backward(outputs, context, *kept, *parameters)
+        return outputs, total
+
+    @staticmethod
+    def backward(ctx: Any, grad_outputs: Tensor, grad_logabsdet: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a chain with memory='reversible' has no derivatives of derivatives "
+                "(create_graph=True): take 'store' or 'checkpoint'."
+            )
+        transforms, numbers, inverse, keep_every, report = ctx.chain
+        outputs, context, *saved = ctx.saved_tensors
+        number_kept = -(-len(transforms) // keep_every)
+        kept, parameters = saved[:number_kept], saved[number_kept:]
+        _, wants_inputs, wants_context, *wants = ctx.needs_input_grad
+        if context is not None:
+            context = context.detach().requires_grad_(wants_context)
+        grads: list[Tensor | None] = [None] * len(parameters)
+        grad_context, grad, error = None, grad_outputs, outputs.new_zeros(())
+        for k in reversed(range(len(transforms))):
+            copies = {
+                name: parameters[i].detach().requires_grad_(wants[i])
+                for name, i in numbers[k].items()
+            }
+            with (
+                torch.enable_grad(),
+                torch.autocast(**ctx.precision),
+                _repeated_noise(ctx.noise[k], outputs.device) as rewind,
+            ):
+                inputs, *results = _lend(
+                    transforms[k],
+                    copies,
+                    ctx.updates[k],
+                    _recover,
+                    outputs,
+                    context,
+                    inverse,
+                    rewind,
+                )
+            wanted = [inputs] if k or wants_inputs else []
+            wanted += [context] if wants_context else []
+            wanted += [copy for copy in copies.values() if copy.requires_grad]
+            pairs = zip(results, (grad, grad_logabsdet), strict=True)
+            pairs = [(result, g) for result, g in pairs if result.requires_grad]
+            found = _gradients(pairs, wanted)
+            if k or wants_inputs:
+                grad = found.pop(0)
+            if wants_context:
+                grad_context = _plus(grad_context, found.pop(0))
+            for name, i in numbers[k].items():
+                if copies[name].requires_grad:
+                    grads[i] = _plus(grads[i], found.pop(0))
+            outputs = inputs.detach()
+            if k % keep_every == 0:
+                exact = kept.pop()
+                error = torch.maximum(error, _distance(outputs, exact))
+                outputs = exact
+        report(error)
+        return None, grad if wants_inputs else None, grad_context, *grads
+
+
+def _step(transform: Transform, inputs: Tensor, context: Tensor | None, inverse: bool) -> Result:
+    return transform.inverse(inputs, context) if inverse else transform(inputs, context)
+
+
+def _recover(
+    transform: Transform,
+    outputs: Tensor,
+    context: Tensor | None,
+    inverse: bool,
+    rewind: Callable[[], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a step from its outputs, and the step from them, differentiable."""
+    rewind()
+    if hasattr(transform, "recover"):
+        return transform.recover(outputs, context, inverse=inverse)
+    with torch.no_grad():
+        inputs, _ = _step(transform, outputs, context, not inverse)
+    inputs = inputs.detach().requires_grad_()
+    rewind()
+    return inputs, *_step(transform, inputs, context, inverse)
+
+
+def _gradients(pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> list[Tensor]:
+    """Gradients of what is wanted, given results and their gradients; zero where unused."""
+    if not (pairs and wanted):
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    results, grads = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(results, wanted, grads, materialize_grads=True))
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
+def _distance(found: Tensor, exact: Tensor) -> Tensor:
+    """Largest difference, in units of the largest entry or 1."""
+    if not exact.numel():
+        return exact.new_zeros(())
+    return (found - exact).abs().max() / exact.abs().max().clamp_min(1)
+
+
+# --- repeating a module as it was --------------------------------------------------------------
+
+
+class _Call(nn.Module):
+    """A function of a module as a module, so that ``functional_call`` can lend it tensors."""
+
+    def __init__(self, module: nn.Module, function: Callable) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(self.module, *arguments)
+
+
+def _lend(
+    module: nn.Module,
+    parameters: dict[str, Tensor],
+    updates: bool,
+    function: Callable,
+    *arguments: Any,
+) -> Any:
+    """``function(module, *arguments)``, the module having these parameters meanwhile.
+
+    Where the first call updated buffers, this one works on copies of them.
+    """
+    lent = {f"module.{name}": tensor for name, tensor in parameters.items()}
+    if updates:
+        lent |= {f"module.{name}": buffer.clone() for name, buffer in module.named_buffers()}
+    return functional_call(_Call(module, function), lent, arguments)
+
+
+def _versions(module: nn.Module) -> list[int]:
+    """Changes with every update of a buffer."""
+    return [buffer._version for buffer in module.buffers()]
+
+
+def _precision(device: torch.device) -> dict[str, Any]:
+    """The present autocast; its cache would hand on casts that know no gradient."""
+    return {
+        "device_type": device.type,
+        "dtype": torch.get_autocast_dtype(device.type),
+        "enabled": torch.is_autocast_enabled(device.type),
+        "cache_enabled": False,
+    }
+
+
+def _noise(device: torch.device) -> list[Tensor]:
+    """States of the random generators that a transform may use."""
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@contextmanager
+def _repeated_noise(
+    states: list[Tensor] | None, device: torch.device
+) -> Iterator[Callable[[], None]]:
+    """Gives what sets the generators to these states; at the end they are as they were."""
+    if states is None:
+        yield lambda: None
+        return
+
+    def rewind() -> None:
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield rewind
