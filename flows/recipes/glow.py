@@ -21,6 +21,7 @@ from flows.transforms import (
     SplineCoupling,
     VariationalDequantize,
 )
+from flows.transforms.composite import Memory
 
 __all__ = ["Glow"]
 
@@ -49,6 +50,8 @@ class Glow(Flow):
         dequantize: Noise between the grey levels: ``"uniform"``, or ``"variational"`` for noise
             that a small flow learns, a tighter bound at more time per step.
         dropout: Dropout in the conditioners.
+        memory: What the steps of a level keep for the backward pass, as in
+            :class:`~flows.transforms.Composite`.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
@@ -74,6 +77,7 @@ class Glow(Flow):
         marginals: Literal["logit", "empirical"] = "logit",
         dequantize: Literal["uniform", "variational"] = "uniform",
         dropout: float = 0.0,
+        memory: Memory = "store",
         context_features: int = 0,
         classes: int | None = None,
     ) -> None:
@@ -97,7 +101,7 @@ class Glow(Flow):
         to_reals = Logit() if marginals == "logit" else EmpiricalCDF(shape, bins=grey_levels)
 
         def level(channels: int) -> Composite:
-            return Composite(
+            transforms = [
                 transform
                 for step in range(steps)
                 for transform in (
@@ -105,7 +109,8 @@ class Glow(Flow):
                     Rotation1x1(channels),
                     couple(channels, net, flip=step % 2 == 1),
                 )
-            )
+            ]
+            return Composite(transforms, memory=memory)
 
         transforms = [level(channels) for channels, _, _ in Multiscale.shapes(shape, levels)]
         if width:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flows.random_state import random_state, set_random_state
 from flows.transforms.base import Transform
 
 __all__ = ["culprit", "guarded_log_prob", "non_finite_gradient"]
@@ -24,11 +25,11 @@ def guarded_log_prob(flow: nn.Module, batch: tuple[Tensor, ...], what: str) -> T
             random numbers.
     """
     device = batch[0].device
-    state = _random_state(device)
+    state = random_state(device)
     log_prob = flow(*batch)
     mean = log_prob.mean()
     if len(log_prob) and not mean.isfinite():
-        _set_random_state(device, state)
+        set_random_state(device, state)
         with torch.no_grad():
             found = culprit(flow, batch)
         advice = "" if found.startswith("the data") else "; lower model.lr or clip gradients"
@@ -108,15 +109,3 @@ def _in_its_layer(flow: nn.Module, path: str) -> str:
     inner = path.removeprefix(f"{layer}.")
     transform = type(flow.get_submodule(layer)).__name__
     return f"{layer} ({transform}), in its {inner} ({type(module).__name__}),"
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    if device.type == "cuda":
-        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
-    return (torch.get_rng_state(),)
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -13,6 +13,7 @@ from flows.objectives import bits_per_dim
 from flows.training.averaging import ParameterAverage
 from flows.training.checks import check_splits, show_rows
 from flows.training.guard import guarded_log_prob, non_finite_gradient
+from flows.training.inversion import InversionError, reversible_chains
 from flows.training.recenter import Recenter, recentered_layers
 from flows.training.stopping import Patience
 
@@ -24,7 +25,8 @@ class DensityEstimator(LightningModule):
 
     Logs ``train/nll``, ``val/nll`` and ``test/nll`` in nats per sample, and, where the data
     module knows its ``density`` or ``grey_levels``, ``.../kl`` (nats) or
-    ``.../bits_per_dim``; ``test/kl_error`` is the standard error of ``test/kl``.
+    ``.../bits_per_dim``; ``test/kl_error`` is the standard error of ``test/kl``. Where the flow
+    recovers inputs (``memory="reversible"``), ``train/inversion_error`` says how well.
 
     Args:
         flow: A Flow, or another module with its forward, ``log_prob`` and ``sample``.
@@ -172,7 +174,8 @@ class DensityEstimator(LightningModule):
             Recenter: self.recenter_every_n_epochs,
             Patience: self.early_stopping_patience,
         }
-        return [make(value) for make, value in options.items() if value is not None]
+        callbacks = [make(value) for make, value in options.items() if value is not None]
+        return callbacks + [InversionError()] if reversible_chains(self.flow) else callbacks
 
     def configure_optimizers(self) -> dict[str, Any]:
         conditioners = [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from flows.random_state import random_state, set_random_state
 from flows.transforms.base import Transform
 
 __all__ = ["run", "run_checkpointed", "run_reversible"]
@@ -107,10 +108,10 @@ class _Reversible(torch.autograd.Function):
             for k, transform in enumerate(transforms):
                 if k % keep_every == 0:
                     kept.append(outputs)
-                noise, versions = _noise(inputs.device), _versions(transform)
+                noise, versions = random_state(inputs.device), _versions(transform)
                 outputs, logabsdet = _step(transform, outputs, context, inverse)
                 total = total + logabsdet
-                same = all(map(torch.equal, noise, _noise(inputs.device)))
+                same = all(map(torch.equal, noise, random_state(inputs.device)))
                 ctx.noise.append(None if same else noise)
                 ctx.updates.append(_versions(transform) != versions)
         if outputs is inputs or outputs._is_view():
@@ -264,25 +265,13 @@ def _precision(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _noise(device: torch.device) -> list[Tensor]:
-    """States of the random generators that a transform may use."""
-    states = [torch.get_rng_state()]
-    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
 @contextmanager
 def _repeated_noise(
-    states: list[Tensor] | None, device: torch.device
+    noise: tuple[Tensor, ...] | None, device: torch.device
 ) -> Iterator[Callable[[], None]]:
-    """Gives what sets the generators to these states; at the end they are as they were."""
-    if states is None:
+    """Gives what sets the generators to this state; at the end they are as they were."""
+    if noise is None:
         yield lambda: None
         return
-
-    def rewind() -> None:
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
-
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield rewind
+        yield lambda: set_random_state(device, noise)

@@ -1,0 +1,20 @@
+"""The states of the random generators that work on a device draws from."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["random_state", "set_random_state"]
+
+
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """That of the CPU, and on a GPU its own."""
+    if device.type == "cuda":
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    return (torch.get_rng_state(),)
+
+
+def set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
+    """Go back to what :func:`random_state` returned."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
