@@ -6,7 +6,7 @@ from rich.table import Table
 
 from flows.givens import IMPLS
 
-__all__ = ["show", "show_samples", "show_splines"]
+__all__ = ["show", "show_memory", "show_samples", "show_splines", "show_steps"]
 
 OURS = ("crossing", "cosine_sine", "odd_even", "our CWY")
 RATIOS = {
@@ -103,6 +103,46 @@ def show_splines(rows: list[dict], device: str) -> None:
             table.add_row("  " + " x ".join(map(str, shape)), str(bins), *cells)
         console.print(table)
     _left_out(console, rows, "shape")
+
+
+def show_memory(rows: list[dict], device: str) -> None:
+    """A line for each depth and way to keep inputs."""
+    console = _console()
+    heads = ["", "MiB", "per step", "/ store", "ms", "/ store"]
+    heads += ["gradient error", "inversion error"]
+    table = _table(
+        console,
+        f"A training step of Glow: peak, growth per step and level, time; {device}",
+        heads,
+    )
+    before = None
+    for row in rows:
+        if row["steps"] != before:
+            table.add_section()
+            table.add_row(f"{row['steps']} steps", style="italic")
+        before = row["steps"]
+        keys = ("peak_mib", "mib_per_more_step", "growth_over_store", "step_ms", "step_over_store")
+        cells = [_number(row.get(key)) for key in keys]
+        cells += [_exponent(row.get(key)) for key in ("gradient_error", "inversion_error")]
+        style = "bold" if row["memory"] == "reversible" else ""
+        table.add_row(f"  {row['memory']}", *cells, style=style)
+    console.print(table)
+
+
+def show_steps(rows: list[dict], device: str) -> None:
+    """A line for each architecture, a column for each library."""
+    console = _console()
+    names = list(dict.fromkeys(row["library"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    heads = ["", *names, *(f"over {name}" for name in names[1:])]
+    table = _table(console, f"Training steps per second, and ours over theirs, {device}", heads)
+    for case in cases:
+        found = {row["library"]: row for row in rows if row["case"] == case}
+        rates = [_number(found[name].get("steps_per_second")) for name in names]
+        leads = [_number(found[name].get("ours_over_this")) for name in names[1:]]
+        table.add_row(case, *rates, *leads)
+    console.print(table)
+    _left_out(console, rows, "case")
 
 
 def _left_out(console: Console, rows: list[dict], where: str) -> None:

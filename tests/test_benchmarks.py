@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, gpu, orthogonal, per_sample, spline, spline_methods, timing
+from benchmarks import (
+    checks,
+    gpu,
+    memory,
+    orthogonal,
+    per_sample,
+    spline,
+    spline_methods,
+    steps,
+    timing,
+)
 from benchmarks.loop import SAVED_PER_ROUND, plain_loop
 from flows import givens
 
@@ -115,6 +125,55 @@ def test_splines_that_are_compared_are_bijections(kind):
         back, opposite = method.inverse(y)
         torch.testing.assert_close(back, x, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(opposite, -log_derivative, atol=1e-3, rtol=1e-3)
+
+
+def test_memory_of_reversible_chains_does_not_grow(run, tmp_path):
+    options = ["--depths", "1", "2", "3", "--batch", "8", "--device", "cpu"]
+    rows = run(memory, *options, "--seconds", "0")["rows"]
+    assert [row["memory"] for row in rows] == 3 * list(memory.MODES)
+    growth = {row["memory"]: row["mib_per_more_step"] for row in rows[-3:]}
+    assert 0 <= growth["reversible"] < 0.03 * growth["store"]
+    assert growth["reversible"] < growth["checkpoint"] < 0.1 * growth["store"]
+    for row in rows:
+        assert row["gradient_error"] < 1e-5 and row["step_over_store"] > 0
+        assert (row["inversion_error"] is not None) == (row["memory"] == "reversible")
+    run(memory, "--plot", "--device", "cpu", "--figure", str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_peak_of_what_is_allocated():
+    def function() -> None:
+        first = torch.empty(1000)
+        del first
+        second, third = torch.empty(2000), torch.empty(500)
+        del second, third
+
+    assert timing.peak_allocated(function, "cpu") == 4 * 2500
+
+
+def test_steps_compares_one_architecture(run, monkeypatch):
+    monkeypatch.setattr(steps, "CASES", [(2, 4), (5, 4)])
+    rows = run(steps, "--seconds", "0", "--device", "cpu")["rows"]
+    assert [row["library"] for row in rows] == 2 * list(steps.MODELS)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = [row for row in rows if row["case"] == case and not row["skipped"]]
+        assert {row["library"] for row in found} >= {"ours", "nflows"}
+        assert len({row["parameters"] for row in found}) == 1
+        assert all(row["ours_over_this"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("library", list(steps.MODELS))
+def test_models_that_are_compared_have_the_same_shapes(library):
+    if library in ("zuko", "normflows") and not find_spec(library):
+        pytest.skip(f"{library} is not installed: it comes with the extra bench")
+    torch.manual_seed(0)
+    ours, theirs = steps.MODELS["ours"](5), steps.MODELS[library](5)
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    assert all(p.shape == q.shape for p, q in pairs)
+    inputs = torch.randn(7, 5)
+    log_prob = theirs.log_prob(inputs)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), next(theirs.parameters()))
+    assert log_prob.shape == (7,) and log_prob.isfinite().all() and gradient.any()
 
 
 def test_checks_accept_our_engines_and_catch_a_wrong_one(monkeypatch):
