@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["random_state", "set_random_state"]
+__all__ = ["noise_since", "random_state", "set_random_state"]
 
 
 def random_state(device: torch.device) -> tuple[Tensor, ...]:
@@ -18,3 +18,10 @@ def set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+
+
+def noise_since(device: torch.device, state: tuple[Tensor, ...]) -> bool:
+    """Whether anything was drawn since then."""
+    # As long integers, a fraction of the time that bytes take.
+    pairs = zip(state, random_state(device), strict=True)
+    return not all(torch.equal(a.view(torch.int64), b.view(torch.int64)) for a, b in pairs)

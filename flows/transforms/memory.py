@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from flows.random_state import random_state, set_random_state
+from flows.random_state import noise_since, random_state, set_random_state
 from flows.transforms.base import Transform
 
 __all__ = ["run", "run_checkpointed", "run_reversible"]
@@ -111,8 +111,8 @@ class _Reversible(torch.autograd.Function):
                 noise, versions = random_state(inputs.device), _versions(transform)
                 outputs, logabsdet = _step(transform, outputs, context, inverse)
                 total = total + logabsdet
-                same = all(map(torch.equal, noise, random_state(inputs.device)))
-                ctx.noise.append(None if same else noise)
+                # Kept only where it is needed: each takes kilobytes.
+                ctx.noise.append(noise if noise_since(inputs.device, noise) else None)
                 ctx.updates.append(_versions(transform) != versions)
         if outputs is inputs or outputs._is_view():
             outputs = outputs.clone()  # callers may write into what they get
