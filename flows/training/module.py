@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import Timer
 from torch import Tensor
 
 from flows.checks import check_at_least, check_positive
@@ -22,6 +23,9 @@ __all__ = ["DensityEstimator"]
 
 class DensityEstimator(LightningModule):
     """Fits a flow to data by maximum likelihood, with Adam, warm-up and a cosine to zero.
+
+    The cosine reaches zero where the run ends: at ``trainer.max_epochs``, ``max_steps`` or
+    ``max_time``, whichever comes first.
 
     Logs ``train/nll``, ``val/nll`` and ``test/nll`` in nats per sample, and, where the data
     module knows its ``density`` or ``grey_levels``, ``.../kl`` (nats) or
@@ -200,13 +204,22 @@ class DensityEstimator(LightningModule):
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
             progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            progress = min(1.0, max(progress, self._part_of_max_time()))
+            return 0.5 * (1 + math.cos(math.pi * progress))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _part_of_max_time(self) -> float:
+        """How much of ``trainer.max_time`` is over; 0 without one."""
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)
+        left = None if timer is None else timer.time_remaining()
+        if left is None:
+            return 0.0
+        return 1.0 if left <= 0 else (over := timer.time_elapsed()) / (over + left)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["flow_config"] = self.flow_config

@@ -27,10 +27,14 @@ def summary_of(folder) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def validations(folder) -> list[float]:
+def column(folder, name: str) -> list[float]:
     lines = (folder / "metrics.csv").read_text().splitlines()
-    column = lines[0].split(",").index("val/nll")
-    return [float(line.split(",")[column]) for line in lines[1:]]
+    place = lines[0].split(",").index(name)
+    return [float(line.split(",")[place]) for line in lines[1:]]
+
+
+def validations(folder) -> list[float]:
+    return column(folder, "val/nll")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,16 @@ def test_the_summary_names_what_else_ended_a_run(tmp_path, limit):
     train.main([*SMALL, f"--trainer.default_root_dir={tmp_path}", f"--trainer.{limit}"])
     (folder,) = tmp_path.glob("*/*")
     assert summary_of(folder)["stopped_by"] == limit.partition("=")[0]
+
+
+def test_the_learning_rate_falls_to_zero_by_the_end_of_max_time(tmp_path):
+    options = ["--trainer.max_time=00:00:00:02", "--trainer.max_epochs=-1"]
+    train.main([*SMALL, f"--trainer.default_root_dir={tmp_path}", *options])
+    (folder,) = tmp_path.glob("*/*")
+    rates = column(folder, "lr")
+    assert rates == sorted(rates, reverse=True) and len(rates) > 3
+    assert rates[0] > 1.0 and rates[-1] < 0.1
+    assert summary_of(folder)["stopped_by"] == "max_time"
 
 
 @pytest.mark.parametrize("patience", [0, -1])
