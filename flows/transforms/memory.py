@@ -114,8 +114,6 @@ class _Reversible(torch.autograd.Function):
                 # Kept only where it is needed: each takes kilobytes.
                 ctx.noise.append(noise if noise_since(inputs.device, noise) else None)
                 ctx.updates.append(_versions(transform) != versions)
-        if outputs is inputs or outputs._is_view():
-            outputs = outputs.clone()  # callers may write into what they get
         ctx.save_for_backward(outputs, context, *kept, *parameters)
         return outputs, total
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from nflows.transforms import AffineCouplingTransform, BatchNorm
+from nflows.transforms import AffineCouplingTransform, BatchNorm, IdentityTransform
 from torch import Tensor, multiprocessing, nn
 from torch.func import functional_call, jacrev
 from torch.nn.parallel import DistributedDataParallel
@@ -253,7 +253,7 @@ def test_autocast_is_as_it_was(memory):
         with torch.autocast("cpu", torch.bfloat16, enabled=len(found) < 2):
             nll = loss(composite, inputs)
             # The cache of autocast must not serve what follows with casts without a gradient.
-            again = loss(composite, inputs)
+            again = loss(Composite(composite.transforms), inputs)
         (nll + again).backward()
         found.append(torch.cat([p.grad.flatten() for p in composite.parameters()]))
     stored, ours, exact = found
@@ -281,6 +281,8 @@ def test_keep_every_keeps_so_many_inputs():
     row = data()[0].nbytes
     kept = [kept_bytes(chain("reversible", every, steps=4)) for every in (None, 6, 3)]
     assert [bytes - kept[0] for bytes in kept] == [0, 20 * row, 3 * 20 * row]
+    kept = [kept_bytes(chain("checkpoint", every, steps=4)) for every in (None, 6)]
+    assert kept[0] - kept[1] == 10 * 20 * row
 
 
 def test_inversion_error_is_that_of_the_recovered_inputs():
@@ -307,6 +309,10 @@ def test_inversion_error_tells_of_a_wrong_inverse():
     composite = Composite([Wrong(4)], memory="reversible")
     gradients(composite, data(dtype=torch.float32) / 10)
     assert composite.inversion_error == pytest.approx(0.25, abs=1e-6)
+    layers = [Rotation(4), Rotation(4), Wrong(4), Rotation(4)]
+    composite = Composite(layers, memory="reversible", keep_every=2)
+    gradients(composite, data(dtype=torch.float32) / 10)
+    assert composite.inversion_error == pytest.approx(0.25, abs=1e-6)
 
 
 # --- where chains are used ---------------------------------------------------------------------
@@ -331,6 +337,17 @@ def test_empty_chains_and_batches(memory):
     outputs, logabsdet = composite(data(rows=0))
     (outputs.sum() + logabsdet.sum()).backward()
     assert all(not parameter.grad.any() for parameter in composite.parameters())
+
+
+@each_mode
+def test_layers_that_hand_on_what_they_get(memory):
+    inputs = data().requires_grad_()
+    outputs, logabsdet = Composite([IdentityTransform(), IdentityTransform()], memory=memory)(
+        inputs
+    )
+    logabsdet += 1  # as nflows does
+    (2 * outputs).sum().backward()
+    assert torch.equal(inputs.grad, torch.full_like(inputs, 2))
 
 
 @each_mode
