@@ -254,7 +254,7 @@ def _versions(module: nn.Module) -> list[int]:
 
 
 def _precision(device: torch.device) -> dict[str, Any]:
-    """The present autocast; its cache would hand on casts that know no gradient."""
+    """The present autocast; in older torch its cache hands on casts that know no gradient."""
     return {
         "device_type": device.type,
         "dtype": torch.get_autocast_dtype(device.type),
