@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.timing import progress
 
 __all__ = ["race", "train"]
+
+ROOT = Path(__file__).parents[1]
 
 
 def train(
@@ -138,7 +141,9 @@ def race(module: str, rows: list[dict], *, threads: int, at_once: int) -> list[d
     def run(row: dict) -> dict:
         nonlocal done
         command = [sys.executable, "-m", f"benchmarks.{module}", "--run", json.dumps(row)]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        finished = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True
+        )
         done += 1
         progress(f"{done} of {len(rows)}: {' '.join(str(value) for value in row.values())}")
         if finished.returncode:
