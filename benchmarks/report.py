@@ -116,7 +116,8 @@ def show_toy_densities(rows: list[dict], chosen: dict[tuple[str, str], dict], de
     console = _console()
     ours, *others = dict.fromkeys(row["model"] for row in rows)
     seeds = len({row["seed"] for row in rows})
-    title = f"KL to the truth in nats after {rows[0]['seconds']:g} s, {device}"
+    clock = rows[0]["clock"]
+    title = f"KL to the truth in nats after {rows[0]['seconds']:g} s of {clock} time, {device}"
     title += f", median of {seeds} seeds" * (seeds > 1)
     table = _table(console, title, ["", ours, *others, "best other / first"])
     for density in dict.fromkeys(row["density"] for row in rows):
