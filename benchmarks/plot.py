@@ -1,9 +1,9 @@
-"""The figure of a training step's cost, drawn from the JSON of ``benchmarks.orthogonal``."""
+"""Figures drawn from the JSON of ``benchmarks.orthogonal`` and ``benchmarks.toy_density``."""
 
 import math
 from pathlib import Path
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_toy_densities"]
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours are the strong ones.
 LINES = {
@@ -19,6 +19,13 @@ LINES = {
     "loop over rounds": ("loop over rounds", "#000000", "*"),
 }
 BOLD = ("crossing, auto", "cosine_sine, auto")
+FLOWS = {
+    "ours": ("#D55E00", "o"),
+    "zuko NSF": ("#0072B2", "s"),
+    "nflows NSF": ("#009E73", "^"),
+    "normflows NSF": ("#9A7400", "D"),
+    "zuko MAF": ("#777777", "v"),
+}
 
 
 def draw(content: dict, path: Path) -> None:
@@ -65,6 +72,61 @@ def draw(content: dict, path: Path) -> None:
         loc="left",
     )
     _label_ends(axes, ends, right=sizes[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_toy_densities(content: dict, chosen: dict[tuple[str, str], dict], path: Path) -> None:
+    """One line per density, one mark per model: its divergence from the truth, log scale.
+
+    Args:
+        content: The JSON.
+        chosen: The run to show, by density and model.
+        path: File of the figure.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    densities = list(dict.fromkeys(density for density, _ in chosen))
+    seconds = content["rows"][0]["seconds"]
+    height = 1.6 + 0.42 * len(densities)
+    figure, axes = plt.subplots(figsize=(8, height), dpi=150, layout="constrained")
+    for model, (colour, marker) in FLOWS.items():
+        points = [(chosen.get((density, model)), k) for k, density in enumerate(densities)]
+        points = [(row["kl"], k) for row, k in points if row]
+        if not points:
+            continue
+        axes.plot(
+            *zip(*points, strict=True),
+            linestyle="",
+            color=colour,
+            marker=marker,
+            markersize=10 if model == "ours" else 6.5,
+            zorder=3 if model == "ours" else 2,
+            label=model,
+        )
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(densities)), [name.replace("_", " ") for name in densities])
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=11)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_xlabel("KL to the truth, nats (log scale; left is better)", fontsize=12)
+    axes.grid(axis="y", color="0.88")
+    axes.grid(axis="x", color="0.93")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    seeds = len({row["seed"] for row in content["rows"]})
+    median = f", median of {seeds} seeds" * (seeds > 1)
+    axes.set_title(
+        f"Densities in the plane after {seconds:g} s of training{median}\n{content['device']}",
+        fontsize=12,
+        loc="left",
+    )
+    figure.legend(loc="outside lower center", ncols=len(FLOWS), frameon=False, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

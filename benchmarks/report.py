@@ -6,7 +6,14 @@ from rich.table import Table
 
 from flows.givens import IMPLS
 
-__all__ = ["show", "show_memory", "show_samples", "show_splines", "show_steps"]
+__all__ = [
+    "show",
+    "show_memory",
+    "show_samples",
+    "show_splines",
+    "show_steps",
+    "show_toy_densities",
+]
 
 OURS = ("crossing", "cosine_sine", "odd_even", "our CWY")
 RATIOS = {
@@ -143,6 +150,36 @@ def show_steps(rows: list[dict], device: str) -> None:
         table.add_row(case, *rates, *leads)
     console.print(table)
     _left_out(console, rows, "case")
+
+
+def show_toy_densities(rows: list[dict], chosen: dict[tuple[str, str], dict], device: str) -> None:
+    """A line for each density, a column for each model; then what went wrong.
+
+    Args:
+        rows: All runs.
+        chosen: The run to show, by density and model.
+        device: Name for the title.
+    """
+    console = _console()
+    ours, *others = dict.fromkeys(row["model"] for row in rows)
+    seeds = len({row["seed"] for row in rows})
+    clock = rows[0]["clock"]
+    title = f"KL to the truth in nats after {rows[0]['seconds']:g} s of {clock} time, {device}"
+    title += f", median of {seeds} seeds" * (seeds > 1)
+    table = _table(console, title, ["", ours, *others, "best other / first"])
+    for density in dict.fromkeys(row["density"] for row in rows):
+        found = [chosen.get((density, name)) for name in (ours, *others)]
+        cells = [
+            f"{row['kl']:.4f} ± {row['standard_error']:.4f}" if row else EMPTY for row in found
+        ]
+        peers = [row["kl"] for row in found[1:] if row]
+        lead = min(peers) / found[0]["kl"] if found[0] and peers else None
+        table.add_row(density, *cells, _number(lead))
+    console.print(table)
+    for row in rows:
+        if "error" in row:
+            text = f"failed: {row['model']}, {row['density']}, seed {row['seed']}: {row['error']}"
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _left_out(console: Console, rows: list[dict], where: str) -> None:

@@ -19,8 +19,10 @@ from benchmarks import (
     spline_methods,
     steps,
     timing,
+    toy_density,
 )
 from benchmarks.loop import SAVED_PER_ROUND, plain_loop
+from benchmarks.report import show_toy_densities
 from flows import givens
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +176,43 @@ def test_models_that_are_compared_have_the_same_shapes(library):
     log_prob = theirs.log_prob(inputs)
     (gradient,) = torch.autograd.grad(log_prob.sum(), next(theirs.parameters()))
     assert log_prob.shape == (7,) and log_prob.isfinite().all() and gradient.any()
+
+
+def test_toy_density_trains_in_processes_and_draws(run, tmp_path):
+    options = ["--densities", "banana", "--seconds", "0.2", "--points", "2000"]
+    models = ["ours", "nflows NSF"]
+    rows = run(toy_density, *options, "--models", *models, "--seeds", "0")["rows"]
+    assert [row["model"] for row in rows] == models
+    for row in rows:
+        assert 0 < row["kl"] < 5 and row["standard_error"] > 0 and row["steps"] > 0
+    figure = tmp_path / "figure.png"
+    run(toy_density, "--plot", "--figure", str(figure))
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", toy_density.MODELS)
+def test_flows_that_are_compared_are_densities_in_the_units_of_the_data(name):
+    package = name.split()[0]
+    if package != "ours":
+        pytest.importorskip(package)
+    flow = toy_density.MODELS[name].make(5 + 3 * torch.randn(1000, 2)).eval()
+    axis = torch.linspace(-15, 25, 201)
+    with torch.no_grad():
+        mass = flow.log_prob(torch.cartesian_prod(axis, axis)).exp().sum() * 0.2**2
+    assert mass == pytest.approx(1, abs=0.02)
+
+
+def test_the_median_of_the_seeds_is_shown_and_failures_are_told(capsys):
+    rows = [{"density": "banana", "model": "ours", "seconds": 1, "clock": "wall"}]
+    rows = [rows[0] | {"seed": seed} for seed in range(4)]
+    for row, kl in zip(rows, (0.3, 0.1, 0.2), strict=False):
+        row.update(kl=kl, standard_error=kl / 10)
+    rows[3]["error"] = "out of memory"
+    chosen = toy_density.summary(rows)
+    assert chosen["banana", "ours"]["seed"] == 2
+    show_toy_densities(rows, chosen, "a CPU")
+    shown = capsys.readouterr().out
+    assert "0.2000 ± 0.0200" in shown and "seed 3: out of memory" in shown
 
 
 def test_checks_accept_our_engines_and_catch_a_wrong_one(monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from flows.nets import MADE, MLP, ConvNet, OneHot
+from flows.nets import MADE, MLP, ConvNet, Hats, OneHot
 
 
 def randomized(net: nn.Module) -> nn.Module:
@@ -15,6 +15,8 @@ def randomized(net: nn.Module) -> nn.Module:
 NETS = {
     "mlp": (lambda: MLP(3, 5, hidden_features=8), (4, 3), (4, 5)),
     "mlp, no blocks": (lambda: MLP(3, 5, hidden_features=8, blocks=0), (4, 3), (4, 5)),
+    "mlp, knots": (lambda: MLP(3, 5, hidden_features=8, knots=4), (4, 3), (4, 5)),
+    "mlp, relu": (lambda: MLP(3, 5, hidden_features=8, activation="relu"), (4, 3), (4, 5)),
     "mlp, one feature": (lambda: MLP(1, 1, hidden_features=1), (4, 1), (4, 1)),
     "made": (lambda: MADE(3, 5, hidden_features=8), (4, 3), (4, 3, 5)),
     "made, no blocks": (lambda: MADE(2, 1, hidden_features=2, blocks=0), (4, 2), (4, 2, 1)),
@@ -80,6 +82,38 @@ def test_context_of_another_size_is_refused(net, context):
     inputs = torch.zeros(4, 2, 2, 2) if net is ConvNet else torch.zeros(4, 2)
     with pytest.raises(ValueError, match="^context must have 2 features, got "):
         net(2, 3, context_features=2)(inputs, context)
+
+
+def test_hats_interpolate_what_is_known_at_the_knots():
+    hats = Hats(2, knots=5, bound=2.0).double()
+    knots = torch.arange(-2.0, 3.0, dtype=torch.float64)
+    assert torch.equal(hats(knots[:, None].expand(5, 2))[:, 5:], torch.eye(5, dtype=torch.float64))
+    inputs = 3 * torch.randn(200, 2, dtype=torch.float64)
+    outputs = hats(inputs).unflatten(1, (2, 5))
+    assert (outputs >= 0).all() and ((outputs > 0).sum(-1) <= 2).all()
+    torch.testing.assert_close(outputs.sum(-1), torch.ones(200, 2, dtype=torch.float64))
+    torch.testing.assert_close(outputs @ knots, inputs.clamp(-2, 2))  # nothing is known outside
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": -1}, "features must be at least 0, got -1"),
+        ({"features": 1, "knots": 1}, "knots must be at least 2, got 1"),
+        ({"features": 1, "bound": 0.0}, "bound must be greater than 0, got 0"),
+    ],
+    ids=str,
+)
+def test_hats_refuse_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        Hats(**options)
+
+
+def test_mlp_refuses_other_activations_and_knots():
+    with pytest.raises(ValueError, match="activation must be 'silu' or 'relu', got 'tanh'"):
+        MLP(1, 1, activation="tanh")
+    with pytest.raises(ValueError, match="knots must be at least 0, got -1"):
+        MLP(1, 1, knots=-1)
 
 
 def test_convnet_adds_the_context_to_every_position():

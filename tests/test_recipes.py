@@ -11,6 +11,7 @@ from torch import nn
 import flows
 from flows import Flow, recipes
 from flows.distributions import DiagonalNormal, Normal
+from flows.nets import Hats
 from flows.recipes import (
     GaussianizationFlow,
     Glow,
@@ -92,6 +93,7 @@ def test_vector_recipes_are_made_of_their_arguments(recipe):
     for layer in (m for m in flow.modules() if isinstance(m, kind)):
         assert (layer.bins, layer.tail_bound) == (6, 2.5)
         inputs = {SplineCoupling: 1, MaskedAutoregressiveSpline: 3, ElementwiseSpline: 0}[kind]
+        inputs *= 32 if recipe is SplineCouplingFlow else 1  # knots
         assert layer.net.first.weight.shape == (7, inputs + 2) and len(layer.net.blocks) == 4
     rotations = {RotationSplineFlow: 5, GaussianizationFlow: 5}
     assert count(flow, Rotation) == rotations.get(recipe, 0)
@@ -151,6 +153,14 @@ def test_two_couplings_bend_every_feature_between_permutations(features):
     x = torch.randn(20, features)
     for first, second in (layers[0:2], layers[3:5]):
         assert (second(first(x)[0])[0] != x).any(0).all()
+
+
+def test_spline_couplings_see_knots_in_the_splines_interval():
+    flow = SplineCouplingFlow(5, layers=2, tail_bound=2.5, knots=6)
+    hats = [module for module in flow.modules() if isinstance(module, Hats)]
+    assert [(h.features, h.knots, h.bound) for h in hats] == [(2, 6, 2.5)] * 2
+    assert count(SplineCouplingFlow(5, knots=0), Hats) == 0
+    assert count(flow, nn.SiLU) == 0 < count(SplineCouplingFlow(5, activation="silu"), nn.SiLU)
 
 
 def test_masked_layers_take_opposite_orders_between_permutations():

@@ -8,9 +8,19 @@ with and without; otherwise it insists on one of that width.
 
 from flows.nets.autoencoder import ConvDecoder, ConvEncoder
 from flows.nets.convnet import ConvNet
+from flows.nets.hats import Hats
 from flows.nets.labels import OneHot
 from flows.nets.made import MADE
 from flows.nets.mlp import MLP
 from flows.nets.standardized_context import StandardizedContext
 
-__all__ = ["MADE", "MLP", "ConvDecoder", "ConvEncoder", "ConvNet", "OneHot", "StandardizedContext"]
+__all__ = [
+    "MADE",
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "ConvNet",
+    "Hats",
+    "OneHot",
+    "StandardizedContext",
+]
