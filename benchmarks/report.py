@@ -139,12 +139,12 @@ def show_memory(rows: list[dict], device: str) -> None:
 def show_steps(rows: list[dict], device: str) -> None:
     """A line for each architecture, a column for each library."""
     console = _console()
-    names = list(dict.fromkeys(row["library"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     heads = ["", *names, *(f"over {name}" for name in names[1:])]
     table = _table(console, f"Training steps per second, and ours over theirs, {device}", heads)
     for case in cases:
-        found = {row["library"]: row for row in rows if row["case"] == case}
+        found = {row["method"]: row for row in rows if row["case"] == case}
         rates = [_number(found[name].get("steps_per_second")) for name in names]
         leads = [_number(found[name].get("ours_over_this")) for name in names[1:]]
         table.add_row(case, *rates, *leads)

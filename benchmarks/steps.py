@@ -45,7 +45,7 @@ def measure(
         inputs = torch.randn(batch, features, device=device)
         found, steps = {}, {}
         for name, make in MODELS.items():
-            found[name] = {"case": case, "library": name, "skipped": {}}
+            found[name] = {"case": case, "method": name, "skipped": {}}
             try:
                 model = make(features).to(device)
             except FAILURES as error:

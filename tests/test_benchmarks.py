@@ -156,10 +156,10 @@ def test_peak_of_what_is_allocated():
 def test_steps_compares_one_architecture(run, monkeypatch):
     monkeypatch.setattr(steps, "CASES", [(2, 4), (5, 4)])
     rows = run(steps, "--seconds", "0", "--device", "cpu")["rows"]
-    assert [row["library"] for row in rows] == 2 * list(steps.MODELS)
+    assert [row["method"] for row in rows] == 2 * list(steps.MODELS)
     for case in dict.fromkeys(row["case"] for row in rows):
         found = [row for row in rows if row["case"] == case and not row["skipped"]]
-        assert {row["library"] for row in found} >= {"ours", "nflows"}
+        assert {row["method"] for row in found} >= {"ours", "nflows"}
         assert len({row["parameters"] for row in found}) == 1
         assert all(row["ours_over_this"] > 0 for row in found)
 

@@ -1,6 +1,7 @@
 """Rotations and spline couplings, for vectors."""
 
 from functools import partial
+from typing import Literal
 
 from flows.checks import check_at_least
 from flows.distributions import Normal
@@ -15,9 +16,14 @@ __all__ = ["RotationSplineFlow"]
 class RotationSplineFlow(Flow):
     """Layers of a rotation and a rational-quadratic spline coupling, for vectors.
 
-    The rotations start at random orthogonal matrices and learn how to mix; the couplings
-    bend. A leading Standardize brings the data to the splines' interval, so data, context and
-    samples keep their own units.
+    The couplings bend, one half of the features in turn; the rotations start at the identity
+    and learn how to mix. Starting at random orthogonal matrices instead ended at twice the
+    divergence on densities in the plane. A leading Standardize brings the data to the splines'
+    interval, so data, context and samples keep their own units.
+
+    What is kept reaches the conditioners as :class:`flows.nets.Hats`, whose knots divide the
+    splines' interval: sharp edges and thin stripes are learned several times sooner than from
+    the bare numbers, and smooth densities no later.
 
     Args:
         features: Size of the vectors, at least 2.
@@ -26,6 +32,8 @@ class RotationSplineFlow(Flow):
         tail_bound: The splines act on [-tail_bound, tail_bound].
         hidden_features: Width of the conditioners.
         blocks: Residual blocks of the conditioners.
+        knots: Knots for every feature that a conditioner sees; 0 for the bare number.
+        activation: ``"relu"`` or ``"silu"``, in the conditioners.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
@@ -40,11 +48,13 @@ class RotationSplineFlow(Flow):
         self,
         features: int,
         *,
-        layers: int = 8,
-        bins: int = 8,
+        layers: int = 4,
+        bins: int = 16,
         tail_bound: float = 4.0,
-        hidden_features: int = 64,
-        blocks: int = 2,
+        hidden_features: int = 32,
+        blocks: int = 1,
+        knots: int = 32,
+        activation: Literal["relu", "silu"] = "relu",
         context_features: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
@@ -58,11 +68,15 @@ class RotationSplineFlow(Flow):
             blocks=blocks,
             context_features=width,
             dropout=dropout,
+            activation=activation,
+            knots=knots,
+            bound=tail_bound,
         )
         transforms = [Standardize(features), ActNorm(features)]
-        for _ in range(layers):
+        for layer in range(layers):
+            flip = layer % 2 == 1
             transforms += [
-                Rotation(features, init="haar"),
-                SplineCoupling(features, net, bins=bins, tail_bound=tail_bound),
+                Rotation(features),
+                SplineCoupling(features, net, bins=bins, tail_bound=tail_bound, flip=flip),
             ]
         super().__init__(Composite(transforms), Normal(features), embedding)
