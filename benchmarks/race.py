@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from benchmarks.timing import progress
 __all__ = ["race", "train"]
 
 ROOT = Path(__file__).parents[1]
+LOGS = ROOT / "runs" / "benchmarks"
 
 
 def train(
@@ -126,35 +128,54 @@ def _result(model: nn.Module, average: AveragedModel, ema_decay: float) -> nn.Mo
     return (average.module if ema_decay else model).eval()
 
 
-def race(module: str, rows: list[dict], *, threads: int, at_once: int) -> list[dict]:
+def race(
+    module: str, rows: list[dict], *, threads: int, at_once: int, resume: bool = False
+) -> list[dict]:
     """Run ``python -m benchmarks.<module> --run <row as JSON>`` for every row.
+
+    What is found stands in ``runs/benchmarks/<module>.jsonl`` at once, a line for each row.
 
     Args:
         module: Name of the benchmark.
         rows: What says which model is to be trained on what.
         threads: Threads of every process.
         at_once: Processes side by side; times are fair where each has its own cores.
+        resume: Take rows that stand in that file from there, instead of starting it anew.
 
     Returns:
         The rows with what their processes found; ``"error"`` where one failed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
-    done = 0
+    log = LOGS / f"{module}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if not (resume and log.exists()):
+        log.write_text("")
+    earlier = [json.loads(line) for line in log.read_text().splitlines()]
+    lock, done = Lock(), 0
 
     def run(row: dict) -> dict:
-        nonlocal done
         command = [sys.executable, "-m", f"benchmarks.{module}", "--run", json.dumps(row)]
         finished = subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True
         )
-        done += 1
-        progress(f"{done} of {len(rows)}: {' '.join(str(value) for value in row.values())}")
         if finished.returncode:
             lines = finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"]
-            return row | {"error": lines[-1]}
-        return row | json.loads(finished.stdout.splitlines()[-1])
+            return {"error": lines[-1]}
+        return json.loads(finished.stdout.splitlines()[-1])
+
+    def look_up_or_run(row: dict) -> dict:
+        nonlocal done
+        known = [old for old in earlier if row.items() <= old.items() and "error" not in old]
+        found = known[0] if known else row | run(row)
+        with lock:
+            done += 1
+            progress(f"{done} of {len(rows)}: {' '.join(str(value) for value in row.values())}")
+            if not known:
+                with log.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+        return found
 
     with ThreadPoolExecutor(at_once) as pool:
-        found = list(pool.map(run, rows))
+        found = list(pool.map(look_up_or_run, rows))
     progress("")
     return found

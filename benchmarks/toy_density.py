@@ -27,7 +27,7 @@ from benchmarks.race import race, train
 from benchmarks.report import show_toy_densities
 from benchmarks.timing import device_name, read_json, write_json
 from datasets.densities import DENSITIES, Density
-from flows.recipes import SplineCouplingFlow
+from flows.recipes import RotationSplineFlow
 
 __all__ = ["MODELS", "Model", "Standardized", "kl_divergence", "run", "summary"]
 
@@ -62,7 +62,7 @@ class Standardized(nn.Module):
 
 
 def _ours(sample: Tensor) -> nn.Module:
-    flow = SplineCouplingFlow(features=2)
+    flow = RotationSplineFlow(features=2)
     with torch.no_grad():
         flow.log_prob(sample)  # fits Standardize and ActNorm
     return flow
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=TEST, help="points of the true density")
     parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument("--at-once", type=int, default=1, help="processes side by side")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--output", type=Path, help="JSON file instead of benchmarks/results/...")
     parser.add_argument("--plot", action="store_true", help="draw the JSON instead of measuring")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="where --plot draws")
@@ -227,7 +228,9 @@ def main() -> None:
         for density in given.densities
         for model in given.models
     ]
-    rows = race("toy_density", rows, threads=given.threads, at_once=given.at_once)
+    rows = race(
+        "toy_density", rows, threads=given.threads, at_once=given.at_once, resume=given.resume
+    )
     file = write_json("toy_density", rows, device="cpu", path=given.output, at_once=given.at_once)
     show_toy_densities(rows, summary(rows), device_name("cpu"))
     print(file)

@@ -15,6 +15,7 @@ from benchmarks import (
     memory,
     orthogonal,
     per_sample,
+    race,
     spline,
     spline_methods,
     steps,
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 def run(tmp_path, monkeypatch):
     """Call a script's main with arguments; returns the content of its JSON."""
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(race, "LOGS", tmp_path)
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
@@ -185,6 +187,8 @@ def test_toy_density_trains_in_processes_and_draws(run, tmp_path):
     assert [row["model"] for row in rows] == models
     for row in rows:
         assert 0 < row["kl"] < 5 and row["standard_error"] > 0 and row["steps"] > 0
+    more = run(toy_density, *options, "--models", *models, "--seeds", "0", "1", "--resume")["rows"]
+    assert more[:2] == rows and len(more) == 4  # what is known is not run again
     figure = tmp_path / "figure.png"
     run(toy_density, "--plot", "--figure", str(figure))
     assert figure.stat().st_size > 10_000
