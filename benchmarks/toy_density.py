@@ -135,7 +135,7 @@ MODELS = {
     "zuko NSF": Model(_zuko_nsf, lr=2e-2, batch=512),
     "nflows NSF": Model(_nflows_nsf, lr=1e-2, batch=512),
     "normflows NSF": Model(_normflows_nsf, lr=1e-2, batch=512),
-    "zuko MAF": Model(_zuko_maf, lr=1e-2, batch=512),
+    "zuko MAF": Model(_zuko_maf, lr=2e-2, batch=2048),
 }
 
 
