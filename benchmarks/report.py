@@ -160,18 +160,18 @@ def show_toy_densities(rows: list[dict], chosen: dict[tuple[str, str], dict], de
         chosen: The run to show, by density and model.
         device: Name for the title.
     """
-    console = _console()
+    console = _console(130)
     ours, *others = dict.fromkeys(row["model"] for row in rows)
     seeds = len({row["seed"] for row in rows})
     clock = rows[0]["clock"]
-    title = f"KL to the truth in nats after {rows[0]['seconds']:g} s of {clock} time, {device}"
+    title = (
+        f"KL to the truth in 0.001 nats after {rows[0]['seconds']:g} s of {clock} time, {device}"
+    )
     title += f", median of {seeds} seeds" * (seeds > 1)
-    table = _table(console, title, ["", ours, *others, "best other / first"])
+    table = _table(console, title, ["", ours, *others, "best other / ours"])
     for density in dict.fromkeys(row["density"] for row in rows):
         found = [chosen.get((density, name)) for name in (ours, *others)]
-        cells = [
-            f"{row['kl']:.4f} ± {row['standard_error']:.4f}" if row else EMPTY for row in found
-        ]
+        cells = [_with_error(row["kl"], row["standard_error"]) if row else EMPTY for row in found]
         peers = [row["kl"] for row in found[1:] if row]
         lead = min(peers) / found[0]["kl"] if found[0] and peers else None
         table.add_row(density, *cells, _number(lead))
@@ -196,9 +196,10 @@ def _left_out(console: Console, rows: list[dict], where: str) -> None:
         console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _console() -> Console:
+def _console(width: int = 110) -> Console:
     console = Console()
-    return console if console.width >= 110 else Console(width=110)  # a file, or lines that wrap
+    # Narrower ones are files, or wrap the lines.
+    return console if console.width >= width else Console(width=width)
 
 
 def _table(console: Console, title: str, heads: list[str]) -> Table:
@@ -228,6 +229,11 @@ def _number(value: float | None) -> str:
     if value is None:
         return EMPTY
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _with_error(value: float, error: float) -> str:
+    """Both in thousandths."""
+    return f"{1e3 * value:.2f} ± {1e3 * error:.2f}"
 
 
 def _exponent(value: float | None) -> str:

@@ -216,7 +216,7 @@ def test_the_median_of_the_seeds_is_shown_and_failures_are_told(capsys):
     assert chosen["banana", "ours"]["seed"] == 2
     show_toy_densities(rows, chosen, "a CPU")
     shown = capsys.readouterr().out
-    assert "0.2000 ± 0.0200" in shown and "seed 3: out of memory" in shown
+    assert "200.00 ± 20.00" in shown and "seed 3: out of memory" in shown
 
 
 def test_checks_accept_our_engines_and_catch_a_wrong_one(monkeypatch):
