@@ -83,6 +83,12 @@ class NormflowsGlow(nn.Module):
     def log_prob(self, inputs: Tensor) -> Tensor:
         return self.flow.log_prob(self.dequantize(inputs)[0] - self.shift, None)
 
+    def noise_and_base(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise (batch, features) and its log density (batch,)."""
+        parts, _ = self.flow.inverse_and_log_det(x - self.shift)
+        laws = zip(self.flow.q0, parts, strict=True)
+        return torch.cat([z.flatten(1) for z in parts], 1), sum(q.log_prob(z) for q, z in laws)
+
     def there_and_back(self, x: Tensor) -> Tensor:
         noise, _ = self.flow.inverse_and_log_det(x - self.shift)
         return self.flow.forward_and_log_det(noise)[0] + self.shift
@@ -149,7 +155,7 @@ class NflowsGlow(nn.Module):
             level = transforms.CompositeTransform(parts)
             hidden_shape = multiscale.add_transform(level, (channels, height, width))
             channels = channels if hidden_shape is None else hidden_shape[0]
-        start = Logit(alpha) if alpha is not None else transforms.AffineTransform(shift=-0.5)
+        start = Logit(alpha) if alpha is not None else transforms.PointwiseAffineTransform(-0.5)
         self.dequantize = Dequantize(grey_levels)
         self.flow = Flow(
             transforms.CompositeTransform([start, multiscale]), StandardNormal([math.prod(shape)])
@@ -157,6 +163,11 @@ class NflowsGlow(nn.Module):
 
     def log_prob(self, inputs: Tensor) -> Tensor:
         return self.flow.log_prob(self.dequantize(inputs)[0])
+
+    def noise_and_base(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise (batch, features) and its log density (batch,)."""
+        noise, _ = self.flow._transform(x)
+        return noise, self.flow._distribution.log_prob(noise)
 
     def there_and_back(self, x: Tensor) -> Tensor:
         noise, _ = self.flow._transform(x)

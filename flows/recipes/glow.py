@@ -49,6 +49,7 @@ class Glow(Flow):
         dequantize: Noise between the grey levels: ``"uniform"``, or ``"variational"`` for noise
             that a small flow learns, a tighter bound at more time per step.
         dropout: Dropout in the conditioners.
+        kernel_sizes: Of the conditioners' three convolutions, as in ``ConvNet``.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
@@ -74,6 +75,7 @@ class Glow(Flow):
         marginals: Literal["logit", "empirical"] = "logit",
         dequantize: Literal["uniform", "variational"] = "uniform",
         dropout: float = 0.0,
+        kernel_sizes: tuple[int, int, int] = (3, 1, 3),
         context_features: int = 0,
         classes: int | None = None,
     ) -> None:
@@ -92,6 +94,7 @@ class Glow(Flow):
             hidden_features=hidden_features,
             context_features=width,
             dropout=dropout,
+            kernel_sizes=kernel_sizes,
         )
         couple = {"spline": SplineCoupling, "affine": AffineCoupling}[coupling]
         to_reals = Logit() if marginals == "logit" else EmpiricalCDF(shape, bins=grey_levels)
