@@ -16,14 +16,12 @@ __all__ = ["NflowsGlow", "NormflowsGlow", "Ours"]
 
 
 class Ours(nn.Module):
-    """A recipe as its config describes it."""
+    """A recipe as its config describes it, but for noise that is uniform, as everybody's."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
         recipe = getattr(flows.recipes, config["class_path"].rpartition(".")[2])
-        self.flow = recipe(**config["init_args"])
-        if not isinstance(self.flow.transform.transforms[0], Dequantize):
-            raise ValueError("dequantize must be 'uniform': the bound is the same for all.")
+        self.flow = recipe(**config["init_args"] | {"dequantize": "uniform"})
 
     @property
     def dequantize(self) -> Dequantize:
