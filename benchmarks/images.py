@@ -31,7 +31,8 @@ from flows.objectives import bits_per_dim
 ROOT = Path(__file__).parents[1]
 MODELS = {"normflows": NormflowsGlow, "nflows": NflowsGlow}
 DATA = {"digits": Digits, "fashion_mnist": FashionMNIST}
-# Of every peer the best of what was tried, by validation.
+# Tried, by validation. Digits, 40 s: with images shifted by half in place of the logit normflows
+# ended 0.6 bits/dim higher. Learning rates and sizes are those of our own flow or half of them.
 SETTINGS = {
     ("digits", "normflows"): {
         "lr": 1e-3,
@@ -47,30 +48,30 @@ SETTINGS = {
             "levels": 2,
             "steps": 4,
             "hidden": 64,
-            "blocks": 2,
+            "blocks": 1,
             "dropout": 0.2,
             "spline": True,
-            "alpha": None,
+            "alpha": 0.05,
         },
     },
     ("fashion_mnist", "normflows"): {
         "lr": 1e-3,
         "clip": 100.0,
-        "batch_size": 128,
-        "init_args": {"levels": 2, "steps": 8, "hidden": 64, "alpha": 0.05},
+        "batch_size": 64,
+        "init_args": {"levels": 2, "steps": 4, "hidden": 64, "alpha": 0.05},
     },
     ("fashion_mnist", "nflows"): {
         "lr": 1e-3,
         "clip": 100.0,
-        "batch_size": 128,
+        "batch_size": 64,
         "init_args": {
             "levels": 2,
             "steps": 4,
-            "hidden": 64,
+            "hidden": 32,
             "blocks": 1,
             "dropout": 0.0,
             "spline": True,
-            "alpha": None,
+            "alpha": 0.05,
         },
     },
 }
