@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import (
     checks,
@@ -22,6 +23,7 @@ from benchmarks import (
     timing,
     toy_density,
 )
+from benchmarks import checks, gpu, images, orthogonal, per_sample, spline, spline_methods, timing
 from benchmarks.loop import SAVED_PER_ROUND, plain_loop
 from benchmarks.report import show_toy_densities
 from flows import givens
@@ -217,6 +219,45 @@ def test_the_median_of_the_seeds_is_shown_and_failures_are_told(capsys):
     show_toy_densities(rows, chosen, "a CPU")
     shown = capsys.readouterr().out
     assert "200.00 ± 20.00" in shown and "seed 3: out of memory" in shown
+
+
+def test_images_trains_every_model_and_draws_what_it_found(run, tmp_path):
+    options = ["--data", "digits", "--minutes", "0.005", "--samples", str(tmp_path)]
+    rows = run(images, *options)["rows"]
+    assert [row["model"] for row in rows] == ["ours", "normflows", "nflows"]
+    for row in rows:
+        if row["model"] == "normflows" and not find_spec("normflows"):
+            assert "normflows" in row["error"]
+            continue
+        assert row["steps"] > 0 and 1 < row["test_bits_per_dim"] < 20
+        assert row["inverse_error"] < 1e-4
+    assert (tmp_path / "digits.png").stat().st_size > 1_000
+    run(images, "--plot", "--figure", str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # normflows
+@pytest.mark.parametrize("alpha", [0.05, None])
+@pytest.mark.parametrize("made", ["normflows", "nflows"])
+def test_log_prob_of_image_peers_counts_every_step(made, alpha):
+    """Against the log-det of the whole map by autograd, which knows nothing of their books."""
+    if not find_spec(made):
+        pytest.skip(f"{made} is not installed")
+    settings = images.SETTINGS["digits", made]["init_args"] | {"alpha": alpha, "steps": 2}
+    model = images.MODELS[made]((1, 4, 4), 17, **settings).double()
+    inputs = torch.randint(17, (30, 1, 4, 4)).double() / 17
+    model.train().log_prob(inputs)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    model.eval()
+    x = model.dequantize(inputs)[0]
+    torch.testing.assert_close(model.there_and_back(x), x, atol=1e-5, rtol=1e-5)
+    model.dequantize.forward = lambda inputs: (inputs, None)
+    noise, base = model.noise_and_base(x[:1])
+    jacobian = torch.autograd.functional.jacobian(lambda x: model.noise_and_base(x)[0], x[:1])
+    logabsdet = jacobian.view(16, 16).slogdet()[1]
+    assert noise.shape == (1, 16)
+    torch.testing.assert_close(model.log_prob(x[:1]), base + logabsdet)
 
 
 def test_checks_accept_our_engines_and_catch_a_wrong_one(monkeypatch):

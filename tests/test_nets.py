@@ -21,6 +21,11 @@ NETS = {
     "made": (lambda: MADE(3, 5, hidden_features=8), (4, 3), (4, 3, 5)),
     "made, no blocks": (lambda: MADE(2, 1, hidden_features=2, blocks=0), (4, 2), (4, 2, 1)),
     "convnet": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 6, 2), (4, 5, 6, 2)),
+    "convnet, other kernels": (
+        lambda: ConvNet(3, 5, hidden_features=8, kernel_sizes=(5, 3, 1)),
+        (4, 3, 6, 2),
+        (4, 5, 6, 2),
+    ),
     "convnet, one pixel": (lambda: ConvNet(3, 5, hidden_features=8), (4, 3, 1, 1), (4, 5, 1, 1)),
 }
 each_net = pytest.mark.parametrize(("make", "shape", "expected"), NETS.values(), ids=NETS)
@@ -144,6 +149,8 @@ def test_a_function_of_the_context_alone():
         (MADE, {"context_features": -1}),
         (ConvNet, {"hidden_features": 0}),
         (ConvNet, {"hidden_features": -1}),
+        (ConvNet, {"kernel_sizes": (3, 2, 1)}),
+        (ConvNet, {"kernel_sizes": (3, 3)}),
     ],
     ids=str,
 )

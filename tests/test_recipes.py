@@ -20,6 +20,7 @@ from flows.recipes import (
     SplineCouplingFlow,
     SylvesterVAE,
     VolumePreservingFlow,
+    VolumePreservingGlow,
 )
 from flows.transforms import (
     AffineCoupling,
@@ -62,7 +63,7 @@ each_vector_recipe = pytest.mark.parametrize("recipe", VECTORS, ids=lambda r: r.
 
 
 def test_tables_have_every_recipe():
-    elsewhere = {Glow, SylvesterVAE, VolumePreservingFlow}
+    elsewhere = {Glow, SylvesterVAE, VolumePreservingFlow, VolumePreservingGlow}
     assert {getattr(recipes, name) for name in recipes.__all__} == {*VECTORS, *elsewhere}
 
 
@@ -378,6 +379,7 @@ def test_glow_of_classes_refuses_other_labels(labels, message):
         ({"dequantize": "none"}, "dequantize must be 'uniform' or 'variational', got 'none'"),
         ({"marginals": "none"}, "marginals must be 'logit' or 'empirical', got 'none'"),
         ({"hidden_features": 0}, "hidden_features must .*, got 0"),
+        ({"kernel_sizes": (3, 2, 1)}, "kernel_sizes must be three odd numbers, got"),
         ({"dropout": 1.5}, "dropout .* got 1.5"),
         ({"classes": 0}, "classes must be at least 1, got 0"),
     ],

@@ -7,6 +7,7 @@ from flows.recipes.rotation_spline import RotationSplineFlow
 from flows.recipes.spline_coupling import SplineCouplingFlow
 from flows.recipes.sylvester_vae import SylvesterVAE
 from flows.recipes.volume_preserving import VolumePreservingFlow
+from flows.recipes.volume_preserving_glow import VolumePreservingGlow
 
 __all__ = [
     "GaussianizationFlow",
@@ -16,4 +17,5 @@ __all__ = [
     "SplineCouplingFlow",
     "SylvesterVAE",
     "VolumePreservingFlow",
+    "VolumePreservingGlow",
 ]

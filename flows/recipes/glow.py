@@ -50,6 +50,7 @@ class Glow(Flow):
         dequantize: Noise between the grey levels: ``"uniform"``, or ``"variational"`` for noise
             that a small flow learns, a tighter bound at more time per step.
         dropout: Dropout in the conditioners.
+        kernel_sizes: Of the conditioners' three convolutions, as in ``ConvNet``.
         memory: What the steps of a level keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
         context_features: Columns of the context; 0 for none.
@@ -77,6 +78,7 @@ class Glow(Flow):
         marginals: Literal["logit", "empirical"] = "logit",
         dequantize: Literal["uniform", "variational"] = "uniform",
         dropout: float = 0.0,
+        kernel_sizes: tuple[int, int, int] = (3, 1, 3),
         memory: Memory = "store",
         context_features: int = 0,
         classes: int | None = None,
@@ -96,6 +98,7 @@ class Glow(Flow):
             hidden_features=hidden_features,
             context_features=width,
             dropout=dropout,
+            kernel_sizes=kernel_sizes,
         )
         couple = {"spline": SplineCoupling, "affine": AffineCoupling}[coupling]
         to_reals = Logit() if marginals == "logit" else EmpiricalCDF(shape, bins=grey_levels)

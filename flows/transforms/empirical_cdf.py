@@ -22,7 +22,9 @@ class EmpiricalCDF(Transform):
     Args:
         shape: Shape of one sample; an int for vectors.
         bins: Bins per feature, at least 2; for images the number of grey levels.
-        smoothing: Pseudo-counts per bin, greater than 0.
+        smoothing: Pseudo-counts per bin, greater than 0; a half is Jeffreys' prior. Where F is
+            flat its inverse magnifies rounding, by at most
+            0.4 (rows + smoothing * bins) / (smoothing * bins).
 
     Shape:
         inputs (batch, *shape) in [0, 1] to outputs of the same shape, logabsdet (batch,).
@@ -32,7 +34,7 @@ class EmpiricalCDF(Transform):
     """
 
     def __init__(
-        self, shape: int | tuple[int, ...], *, bins: int = 256, smoothing: float = 0.1
+        self, shape: int | tuple[int, ...], *, bins: int = 256, smoothing: float = 0.5
     ) -> None:
         super().__init__()
         check_at_least(2, bins=bins)

@@ -72,7 +72,7 @@ def test_has_nothing_to_train():
 
 def test_makes_the_training_data_normal():
     x = torch.rand(20_000, 2, dtype=torch.float64).sqrt()
-    z, _ = EmpiricalCDF(2, bins=200).double()(x)
+    z, _ = EmpiricalCDF(2, bins=200, smoothing=0.1).double()(x)
     probabilities = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
     quantiles = z.quantile(probabilities, dim=0)
     expected = torch.from_numpy(norm.ppf(probabilities.numpy()))
