@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks import (
     checks,
     gpu,
+    images,
     memory,
     orthogonal,
     per_sample,
@@ -23,7 +24,6 @@ from benchmarks import (
     timing,
     toy_density,
 )
-from benchmarks import checks, gpu, images, orthogonal, per_sample, spline, spline_methods, timing
 from benchmarks.loop import SAVED_PER_ROUND, plain_loop
 from benchmarks.report import show_toy_densities
 from flows import givens

@@ -94,7 +94,7 @@ def test_vector_recipes_are_made_of_their_arguments(recipe):
     for layer in (m for m in flow.modules() if isinstance(m, kind)):
         assert (layer.bins, layer.tail_bound) == (6, 2.5)
         inputs = {SplineCoupling: 1, MaskedAutoregressiveSpline: 3, ElementwiseSpline: 0}[kind]
-        inputs *= 32 if recipe is SplineCouplingFlow else 1  # knots
+        inputs *= 32 if kind is SplineCoupling else 1  # knots
         assert layer.net.first.weight.shape == (7, inputs + 2) and len(layer.net.blocks) == 4
     rotations = {RotationSplineFlow: 5, GaussianizationFlow: 5}
     assert count(flow, Rotation) == rotations.get(recipe, 0)
