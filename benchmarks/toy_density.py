@@ -1,6 +1,6 @@
 """Flows that learn the densities of ``datasets.densities`` for the same time: how near they come.
 
-    python -m benchmarks.toy_density --seconds 45 --threads 1    # all ten; 112 minutes
+    python -m benchmarks.toy_density --seconds 45 --threads 1    # all ten; 2 hours
     python -m benchmarks.toy_density --densities two_moons --models ours "zuko NSF" --seeds 0
     python -m benchmarks.toy_density --plot                      # docs/toy_density.png
 
@@ -8,9 +8,10 @@ A model trains in a process of its own, by the one loop of ``race.train``, on fr
 the density; what is printed is KL(p, q) = E_p[log p - log q] on 100,000 points of p that
 are the same for all, the median over seeds. Every model sees standardized data, as ours does by
 itself, and has one learning rate and batch size for all densities, those that served it best on
-two moons and checkerboard in runs of 20 s: of 0.001 to 0.02 with batches of 512, 0.01 with 256
-and 2048 for zuko's NSF and nflows; of 0.01 with 512 and 0.02 with 2048 for zuko's MAF; of 0.004
-to 0.02 with 512, 0.01 and 0.02 with 2048 for ours. normflows' layers are nflows' and take theirs.
+two moons and checkerboard in runs of 15 to 20 s of processor time: of 0.003 to 0.02 with batches
+of 512, and 0.01 with 256 and 2048, for zuko's NSF and nflows; of 0.004 to 0.01 with 512, 0.01 with
+1024, 0.01 and 0.02 with 2048 for ours. zuko's MAF was tried on two moons only, with 0.01 and 512,
+and 0.02 and 2048. normflows' layers are much like nflows' and take their numbers.
 """
 
 import argparse
