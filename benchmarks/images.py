@@ -31,8 +31,10 @@ from flows.objectives import bits_per_dim
 ROOT = Path(__file__).parents[1]
 MODELS = {"normflows": NormflowsGlow, "nflows": NflowsGlow}
 DATA = {"digits": Digits, "fashion_mnist": FashionMNIST}
-# Tried, by validation. Digits, 40 s: with images shifted by half in place of the logit normflows
-# ended 0.6 bits/dim higher. Learning rates and sizes are those of our own flow or half of them.
+# What was tried for peers, on digits for 40 s, by validation: normflows with the logit (8 steps,
+# lr 1e-3) 2.31, with images shifted by half as in its example (4 steps, lr 2e-3) 2.88; nflows as
+# below 2.15. On Fashion-MNIST normflows came to 4.77 in 4 minutes with lr 1e-3, to 4.12 in 80 s
+# with 4e-3.
 SETTINGS = {
     ("digits", "normflows"): {
         "lr": 1e-3,
@@ -55,7 +57,7 @@ SETTINGS = {
         },
     },
     ("fashion_mnist", "normflows"): {
-        "lr": 1e-3,
+        "lr": 4e-3,
         "clip": 100.0,
         "batch_size": 64,
         "init_args": {"levels": 2, "steps": 4, "hidden": 64, "alpha": 0.05},
