@@ -21,9 +21,8 @@ class RotationSplineFlow(Flow):
     divergence on densities in the plane. A leading Standardize brings the data to the splines'
     interval, so data, context and samples keep their own units.
 
-    What is kept reaches the conditioners as :class:`flows.nets.Hats`, whose knots divide the
-    splines' interval: sharp edges and thin stripes are learned several times sooner than from
-    the bare numbers, and smooth densities no later.
+    What is kept reaches the conditioners as :class:`flows.nets.Hats`, and the defaults were
+    chosen on densities in the plane: see :class:`SplineCouplingFlow`.
 
     Args:
         features: Size of the vectors, at least 2.
@@ -48,11 +47,11 @@ class RotationSplineFlow(Flow):
         self,
         features: int,
         *,
-        layers: int = 4,
-        bins: int = 16,
+        layers: int = 3,
+        bins: int = 32,
         tail_bound: float = 4.0,
         hidden_features: int = 32,
-        blocks: int = 1,
+        blocks: int = 2,
         knots: int = 32,
         activation: Literal["relu", "silu"] = "relu",
         context_features: int = 0,

@@ -22,9 +22,8 @@ class SplineCouplingFlow(Flow):
     data, context and samples keep their own units.
 
     What is kept reaches the conditioners as :class:`flows.nets.Hats`, whose knots divide the
-    splines' interval, so that sharp edges are learned sooner: after 15 s on one CPU core the
-    divergence of a checkerboard was 0.017 instead of 0.029 nats, of two moons 0.0018 instead of
-    0.0024.
+    splines' interval, so that sharp edges are learned sooner: four couplings of 16 bins were
+    0.017 nats from a checkerboard after 15 s on one CPU core, and 0.029 with the bare numbers.
 
     The defaults were chosen on densities in the plane, where small networks that see many rows
     come nearer to the truth than larger ones: train with batches of about 2,000 and a learning
@@ -56,11 +55,11 @@ class SplineCouplingFlow(Flow):
         self,
         features: int,
         *,
-        layers: int = 4,
-        bins: int = 16,
+        layers: int = 3,
+        bins: int = 32,
         tail_bound: float = 4.0,
         hidden_features: int = 32,
-        blocks: int = 1,
+        blocks: int = 2,
         knots: int = 32,
         activation: Literal["relu", "silu"] = "relu",
         context_features: int = 0,

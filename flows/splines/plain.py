@@ -9,7 +9,7 @@ from torch.nn import functional
 __all__ = ["MIN_BIN", "MIN_SLOPE", "SLOPE_OFFSET", "spline"]
 
 # Smallest bin, as a fraction of the mean bin, and smallest slope at a knot.
-MIN_BIN = 0.02
+MIN_BIN = 0.005
 MIN_SLOPE = 1e-3
 # softplus(0 + offset) = 1 - MIN_SLOPE, so that zero parameters mean slope 1.
 SLOPE_OFFSET = math.log(math.expm1(1 - MIN_SLOPE))
