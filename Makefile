@@ -49,6 +49,8 @@ bench: setup  ## make bench ARGS="--threads 1"; with a GPU: .venv/bin/python -m 
 	$(BIN)/python -m benchmarks.orthogonal $(ARGS)
 	$(BIN)/python -m benchmarks.per_sample $(ARGS)
 	$(BIN)/python -m benchmarks.spline $(ARGS)
+	$(BIN)/python -m benchmarks.steps $(ARGS)
+	$(BIN)/python -m benchmarks.memory $(ARGS)
 
 fashion-mnist:  ## real Fashion-MNIST from Debian's archive, into data/FashionMNIST/raw
 	mkdir -p data/FashionMNIST/raw

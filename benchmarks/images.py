@@ -22,8 +22,9 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks.image_models import NflowsGlow, NormflowsGlow, Ours
-from benchmarks.images_report import draw, show
+from benchmarks.plot import draw_images
 from benchmarks.race import race, train
+from benchmarks.report import show_images
 from benchmarks.timing import read_json, write_json
 from datasets.images import Digits, FashionMNIST
 from flows.objectives import bits_per_dim
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, each")
     parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument("--at-once", type=int, default=1, help="processes side by side")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--root", help="folder of the data, ./data by default")
     parser.add_argument("--samples", type=Path, default=ROOT / "runs" / "benchmark_images")
     parser.add_argument("--output", type=Path, help="JSON file instead of benchmarks/results/...")
@@ -189,7 +191,7 @@ def main() -> None:
     if given.plot:
         file = given.output
         content = json.loads(file.read_text()) if file else read_json("images", device="cpu")
-        draw(content, given.figure)
+        draw_images(content, given.figure)
         print(given.figure)
         return
     rows = [
@@ -203,9 +205,9 @@ def main() -> None:
         for data in given.data
         for model in given.models
     ]
-    rows = race("images", rows, threads=given.threads, at_once=given.at_once)
+    rows = race("images", rows, threads=given.threads, at_once=given.at_once, resume=given.resume)
     file = write_json("images", rows, device="cpu", path=given.output, at_once=given.at_once)
-    show(rows)
+    show_images(rows)
     print(file)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plot_memory import draw
+from benchmarks.plot import draw_memory
 from benchmarks.report import show_memory
 from benchmarks.timing import (
     device_name,
@@ -122,7 +122,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     if given.plot:
-        draw(read_json("memory", device=given.device), given.figure)
+        draw_memory(read_json("memory", device=given.device), given.figure)
         print(given.figure)
         return
     depths = sorted(given.depths)

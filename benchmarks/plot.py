@@ -1,9 +1,11 @@
-"""Figures drawn from the JSON of ``benchmarks.orthogonal`` and ``benchmarks.toy_density``."""
+"""Figures drawn from the JSON that the benchmarks write."""
 
 import math
 from pathlib import Path
 
-__all__ = ["draw", "draw_toy_densities"]
+from benchmarks.report import IMAGES
+
+__all__ = ["draw", "draw_images", "draw_memory", "draw_toy_densities"]
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours are the strong ones.
 LINES = {
@@ -25,6 +27,12 @@ FLOWS = {
     "nflows NSF": ("#009E73", "^"),
     "normflows NSF": ("#9A7400", "D"),
     "zuko MAF": ("#777777", "v"),
+}
+LIBRARIES = {"ours": "#D55E00", "normflows": "#0072B2", "nflows": "#009E73"}
+MEMORY = {
+    "store": ("#777777", "o"),
+    "checkpoint": ("#0072B2", "s"),
+    "reversible": ("#D55E00", "^"),
 }
 
 
@@ -127,6 +135,87 @@ def draw_toy_densities(content: dict, chosen: dict[tuple[str, str], dict], path:
         loc="left",
     )
     figure.legend(loc="outside lower center", ncols=len(FLOWS), frameon=False, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_memory(content: dict, path: Path) -> None:
+    """A line for each mode: memory of a training step on the left, its time on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {
+        "peak_mib": "MiB beyond parameters\nand gradients",
+        "step_over_store": "time of a step,\ntimes that of store",
+    }
+    figure, row = plt.subplots(1, 2, figsize=(9, 3.8), dpi=150, layout="constrained")
+    depths = sorted({r["steps"] for r in content["rows"]})
+    for axes, (key, label) in zip(row, panels.items(), strict=True):
+        for mode, (colour, marker) in MEMORY.items():
+            points = [(r["steps"], r[key]) for r in content["rows"] if r["memory"] == mode]
+            width = 3 if mode == "reversible" else 1.8
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                linewidth=width,
+                label=mode,
+            )
+        axes.set_xlabel("steps per level", fontsize=11)
+        axes.set_ylabel(label, fontsize=11)
+        axes.set_xticks(depths)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].legend(frameon=False, fontsize=11, loc="upper left")
+    figure.suptitle(
+        f"A training step of Glow, {content['batch']} images of 28 x 28, "
+        f"{content['device']}, torch {content['versions']['torch']}",
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_images(content: dict, path: Path) -> None:
+    """A panel for each data set: validation bits/dim against minutes of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in content["rows"] if "error" not in row]
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(sets), figsize=(4.8 * len(sets), 4), dpi=150, layout="constrained", squeeze=False
+    )
+    for axes, data in zip(panels[0], sets, strict=True):
+        found = [row for row in rows if row["data"] == data and row["curve"]]
+        for row in found:
+            seconds, values = zip(*row["curve"], strict=True)
+            minutes = [value / 60 for value in seconds]
+            bold = row["model"] == "ours"
+            axes.plot(
+                minutes,
+                values,
+                color=LIBRARIES[row["model"]],
+                linewidth=3 if bold else 1.5,
+                label=f"{row['model']}, test {row['test_bits_per_dim']:.2f}",
+            )
+        # The first validations of some models are so high that the rest would be one line.
+        low = min((min(v for _, v in row["curve"]) for row in found), default=0.0)
+        high = max((sorted(v for _, v in row["curve"])[-2:][0] for row in found), default=1.0)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.set_title(IMAGES[data], loc="left")
+        axes.set_xlabel("minutes of training")
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    panels[0][0].set_ylabel("validation bits/dim, lower is better")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

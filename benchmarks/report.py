@@ -7,7 +7,9 @@ from rich.table import Table
 from flows.givens import IMPLS
 
 __all__ = [
+    "IMAGES",
     "show",
+    "show_images",
     "show_memory",
     "show_samples",
     "show_splines",
@@ -27,6 +29,7 @@ SPLINE_MODES = {
     "forward_backward": "Splines, forward and backward",
     "inverse": "Splines, inverse",
 }
+IMAGES = {"digits": "Digits, 8x8, 17 grey levels", "fashion_mnist": "Fashion-MNIST, 28x28"}
 EMPTY = "·"
 
 
@@ -179,6 +182,32 @@ def show_toy_densities(rows: list[dict], chosen: dict[tuple[str, str], dict], de
     for row in rows:
         if "error" in row:
             text = f"failed: {row['model']}, {row['density']}, seed {row['seed']}: {row['error']}"
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_images(rows: list[dict]) -> None:
+    """For each data set a table, a line for each model."""
+    console = _console()
+    heads = ["", "test bits/dim", "val", "steps", "ms a step", "parameters", "|x - inverse|"]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        minutes = next(row["minutes"] for row in rows if row["data"] == data)
+        table = _table(console, f"{IMAGES[data]}, {minutes:g} minutes of training", heads)
+        for row in rows:
+            if row["data"] != data or "error" in row:
+                continue
+            table.add_row(
+                row["model"],
+                f"{row['test_bits_per_dim']:.3f} ± {row['test_error']:.3f}",
+                f"{row['val_bits_per_dim']:.3f}",
+                f"{row['steps']:,}",
+                f"{1e3 * row['wall_seconds'] / max(1, row['steps']):.0f}",
+                f"{row['parameters']:,}",
+                f"{row['inverse_error']:.0e}",
+            )
+        console.print(table)
+    for row in rows:
+        if "error" in row:
+            text = f"left out: {row['model']}, {row['data']}: {row['error']}"
             console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -24,6 +24,7 @@ from flows.recipes import (
 )
 from flows.transforms import (
     AffineCoupling,
+    Composite,
     ElementwiseSpline,
     EmpiricalCDF,
     Logit,
@@ -389,3 +390,22 @@ def test_glow_refuses_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message) as error:
         Glow(**{**GLOW, **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments"),
+    [(recipe, {"features": 3, "layers": 2}) for recipe in (*VECTORS, VolumePreservingFlow)]
+    + [(recipe, GLOW) for recipe in (Glow, VolumePreservingGlow)],
+)
+def test_what_is_kept_does_not_change_gradients(recipe, arguments):
+    inputs = levels(6) if arguments is GLOW else torch.randn(6, 3, dtype=torch.float64)
+    found = []
+    for memory in ("store", "checkpoint", "reversible"):
+        torch.manual_seed(0)
+        flow = randomized(recipe(**arguments, memory=memory).double(), std=0.1).eval()
+        chains = [m for m in flow.modules() if isinstance(m, Composite)]
+        assert any(chain.memory == memory for chain in chains)
+        torch.manual_seed(1)
+        flow(inputs).sum().backward()
+        found.append([p.grad for p in flow.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[1:], 2 * found[:1], atol=1e-7, rtol=1e-6)

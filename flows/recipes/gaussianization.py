@@ -8,6 +8,7 @@ from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
 from flows.transforms import ActNorm, Composite, ElementwiseSpline, Rotation, Standardize
+from flows.transforms.composite import Memory
 
 __all__ = ["GaussianizationFlow"]
 
@@ -31,6 +32,8 @@ class GaussianizationFlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in these networks.
+        memory: What the layers keep for the backward pass, as in
+            :class:`~flows.transforms.Composite`.
 
     Reference:
         Meng et al. (2020), Gaussianization Flows, arXiv 2003.01941; there the marginal maps
@@ -54,6 +57,7 @@ class GaussianizationFlow(Flow):
         context_features: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
+        memory: Memory = "store",
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers, hidden_features=hidden_features)
@@ -74,4 +78,4 @@ class GaussianizationFlow(Flow):
                 Rotation(features, init="haar"),
                 ElementwiseSpline(features, bins=bins, tail_bound=tail_bound, net=net),
             ]
-        super().__init__(Composite(transforms), Normal(features), embedding)
+        super().__init__(Composite(transforms, memory=memory), Normal(features), embedding)

@@ -14,6 +14,7 @@ from flows.transforms import (
     Permutation,
     Standardize,
 )
+from flows.transforms.composite import Memory
 
 __all__ = ["MaskedSplineFlow"]
 
@@ -36,6 +37,8 @@ class MaskedSplineFlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
+        memory: What the layers keep for the backward pass, as in
+            :class:`~flows.transforms.Composite`.
 
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
@@ -58,6 +61,7 @@ class MaskedSplineFlow(Flow):
         context_features: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
+        memory: Memory = "store",
     ) -> None:
         check_at_least(1, features=features, layers=layers)
         embedding, width = embed_context(context_features, classes)
@@ -77,4 +81,4 @@ class MaskedSplineFlow(Flow):
                     features, net, bins=bins, tail_bound=tail_bound, reverse=layer % 2 == 1
                 )
             )
-        super().__init__(Composite(transforms), Normal(features), embedding)
+        super().__init__(Composite(transforms, memory=memory), Normal(features), embedding)

@@ -9,6 +9,7 @@ from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
 from flows.transforms import ActNorm, Composite, Rotation, SplineCoupling, Standardize
+from flows.transforms.composite import Memory
 
 __all__ = ["RotationSplineFlow"]
 
@@ -36,6 +37,8 @@ class RotationSplineFlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
+        memory: What the layers keep for the backward pass, as in
+            :class:`~flows.transforms.Composite`.
 
     Example:
         >>> flow = RotationSplineFlow(features=2, layers=4)
@@ -57,6 +60,7 @@ class RotationSplineFlow(Flow):
         context_features: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
+        memory: Memory = "store",
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
@@ -78,4 +82,4 @@ class RotationSplineFlow(Flow):
                 Rotation(features),
                 SplineCoupling(features, net, bins=bins, tail_bound=tail_bound, flip=flip),
             ]
-        super().__init__(Composite(transforms), Normal(features), embedding)
+        super().__init__(Composite(transforms, memory=memory), Normal(features), embedding)

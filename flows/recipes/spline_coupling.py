@@ -9,6 +9,7 @@ from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
 from flows.transforms import ActNorm, Composite, Permutation, SplineCoupling, Standardize
+from flows.transforms.composite import Memory
 
 __all__ = ["SplineCouplingFlow"]
 
@@ -41,6 +42,8 @@ class SplineCouplingFlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
+        memory: What the layers keep for the backward pass, as in
+            :class:`~flows.transforms.Composite`.
 
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
@@ -65,6 +68,7 @@ class SplineCouplingFlow(Flow):
         context_features: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
+        memory: Memory = "store",
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
@@ -88,4 +92,4 @@ class SplineCouplingFlow(Flow):
                     features, net, bins=bins, tail_bound=tail_bound, flip=layer % 2 == 1
                 )
             )
-        super().__init__(Composite(transforms), Normal(features), embedding)
+        super().__init__(Composite(transforms, memory=memory), Normal(features), embedding)

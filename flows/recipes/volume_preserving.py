@@ -10,6 +10,7 @@ from flows.nets import MLP
 from flows.recipes.context import embed_context
 from flows.transforms import Composite, Rotation, RotationCoupling, Transform, Twist
 from flows.transforms.base import preserves_volume
+from flows.transforms.composite import Memory
 
 __all__ = ["VolumePreservingFlow"]
 
@@ -31,6 +32,8 @@ class VolumePreservingFlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
         dropout: Dropout in the conditioners.
+        memory: What the layers keep for the backward pass, as in
+            :class:`~flows.transforms.Composite`.
         transforms: Layers to use instead of those triples; all must preserve volume.
 
     Raises:
@@ -53,6 +56,7 @@ class VolumePreservingFlow(Flow):
         context_features: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
+        memory: Memory = "store",
         transforms: Sequence[Transform] | None = None,
     ) -> None:
         check_at_least(2, features=features)
@@ -81,4 +85,4 @@ class VolumePreservingFlow(Flow):
                 f"transforms must all preserve volume, got {', '.join(changing)}, which may not."
             )
         base = GaussianMixture(features, components, net=net if width else None)
-        super().__init__(Composite(transforms), base, embedding)
+        super().__init__(Composite(transforms, memory=memory), base, embedding)

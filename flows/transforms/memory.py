@@ -131,8 +131,8 @@ class _Reversible(torch.autograd.Function):
         _, wants_inputs, wants_context, *wants = ctx.needs_input_grad
         if context is not None:
             context = context.detach().requires_grad_(wants_context)
-        grads: list[Tensor | None] = [None] * len(parameters)
-        grad_context, grad, error = None, grad_outputs, outputs.new_zeros(())
+        totals: dict[str | int, Tensor] = {}  # of the context, and of parameters by number
+        grad, error = grad_outputs, outputs.new_zeros(())
         for k in reversed(range(len(transforms))):
             copies = {
                 name: parameters[i].detach().requires_grad_(wants[i])
@@ -143,36 +143,22 @@ class _Reversible(torch.autograd.Function):
                 torch.autocast(**ctx.precision),
                 _repeated_noise(ctx.noise[k], outputs.device) as rewind,
             ):
-                inputs, *results = _lend(
-                    transforms[k],
-                    copies,
-                    ctx.updates[k],
-                    _recover,
-                    outputs,
-                    context,
-                    inverse,
-                    rewind,
-                )
-            wanted = [inputs] if k or wants_inputs else []
-            wanted += [context] if wants_context else []
-            wanted += [copy for copy in copies.values() if copy.requires_grad]
-            pairs = zip(results, (grad, grad_logabsdet), strict=True)
-            pairs = [(result, g) for result, g in pairs if result.requires_grad]
-            found = _gradients(pairs, wanted)
-            if k or wants_inputs:
-                grad = found.pop(0)
-            if wants_context:
-                grad_context = _plus(grad_context, found.pop(0))
-            for name, i in numbers[k].items():
-                if copies[name].requires_grad:
-                    grads[i] = _plus(grads[i], found.pop(0))
+                given = outputs, context, inverse, rewind
+                inputs, *results = _lend(transforms[k], copies, ctx.updates[k], _recover, *given)
+            wanted = {"inputs": inputs} if k or wants_inputs else {}
+            wanted |= {"context": context} if wants_context else {}
+            wanted |= {i: copies[name] for name, i in numbers[k].items() if wants[i]}
+            found = _gradients(results, (grad, grad_logabsdet), wanted)
+            grad = found.pop("inputs", None)
+            for key, gradient in found.items():
+                totals[key] = totals[key] + gradient if key in totals else gradient
             outputs = inputs.detach()
             if k % keep_every == 0:
                 exact = kept.pop()
                 error = torch.maximum(error, _distance(outputs, exact))
                 outputs = exact
         report(error)
-        return None, grad if wants_inputs else None, grad_context, *grads
+        return None, grad, totals.get("context"), *map(totals.get, range(len(parameters)))
 
 
 def _step(transform: Transform, inputs: Tensor, context: Tensor | None, inverse: bool) -> Result:
@@ -197,16 +183,16 @@ def _recover(
     return inputs, *_step(transform, inputs, context, inverse)
 
 
-def _gradients(pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> list[Tensor]:
+def _gradients(
+    results: Sequence[Tensor], grads: Sequence[Tensor], wanted: dict[Any, Tensor]
+) -> dict[Any, Tensor]:
     """Gradients of what is wanted, given results and their gradients; zero where unused."""
+    pairs = [(y, g) for y, g in zip(results, grads, strict=True) if y.requires_grad]
     if not (pairs and wanted):
-        return [torch.zeros_like(tensor) for tensor in wanted]
-    results, grads = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(results, wanted, grads, materialize_grads=True))
-
-
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total + more
+        return {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+    outputs, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, list(wanted.values()), grads, materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))
 
 
 def _distance(found: Tensor, exact: Tensor) -> Tensor:
