@@ -150,7 +150,8 @@ def _settings(data: str, model: str) -> dict:
 
 def _batches(images: Tensor, size: int) -> Iterator[Tensor]:
     while True:
-        yield from (images[rows] for rows in torch.randperm(len(images)).split(size)[:-1])
+        whole = torch.randperm(len(images))[: max(size, len(images) // size * size)]
+        yield from (images[rows] for rows in whole.split(size))
 
 
 def _error_of_inverse(model: nn.Module, images: Tensor) -> float:

@@ -140,7 +140,8 @@ def race(
         rows: What says which model is to be trained on what.
         threads: Threads of every process.
         at_once: Processes side by side; times are fair where each has its own cores.
-        resume: Take rows that stand in that file from there, instead of starting it anew.
+        resume: Take rows that stand in that file from there. Otherwise it is put aside as
+            ``<module>.old.jsonl`` and begun anew.
 
     Returns:
         The rows with what their processes found; ``"error"`` where one failed.
@@ -148,8 +149,9 @@ def race(
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
     log = LOGS / f"{module}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    if not (resume and log.exists()):
-        log.write_text("")
+    if not resume and log.exists():
+        log.replace(log.with_suffix(".old.jsonl"))
+    log.touch()
     earlier = [json.loads(line) for line in log.read_text().splitlines()]
     lock, done = Lock(), 0
 

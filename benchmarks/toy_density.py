@@ -1,7 +1,7 @@
 """Flows that learn the densities of ``datasets.densities`` for the same time: how near they come.
 
     python -m benchmarks.toy_density --seconds 45 --threads 1    # all ten; 2 hours
-    python -m benchmarks.toy_density --densities two_moons --models ours "zuko NSF" --seeds 0
+    python -m benchmarks.toy_density --densities two_moons --seeds 0 --output two_moons.json
     python -m benchmarks.toy_density --plot                      # docs/toy_density.png
 
 A model trains in a process of its own, by the one loop of ``race.train``, on fresh batches of

@@ -7,17 +7,21 @@ __all__ = ["noise_since", "random_state", "set_random_state"]
 
 
 def random_state(device: torch.device) -> tuple[Tensor, ...]:
-    """That of the CPU, and on a GPU its own."""
-    if device.type == "cuda":
-        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
-    return (torch.get_rng_state(),)
+    """That of the CPU, and on another device its own."""
+    if device.type == "cpu":
+        return (torch.get_rng_state(),)
+    if device.type == "mps":  # there is one only
+        return torch.get_rng_state(), torch.mps.get_rng_state()
+    return torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)
 
 
 def set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
     """Go back to what :func:`random_state` returned."""
     torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
+    if device.type == "mps":
+        torch.mps.set_rng_state(state[1])
+    elif device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[1], device)
 
 
 def noise_since(device: torch.device, state: tuple[Tensor, ...]) -> bool:

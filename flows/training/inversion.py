@@ -38,6 +38,7 @@ class InversionError(Callback):
                 on_epoch=True,
                 reduce_fx="max",
                 batch_size=1,
+                sync_dist=True,
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,8 +47,8 @@ class InversionError(Callback):
             self._warned = True
             rank_zero_warn(
                 f"inputs of layers are recovered with an error of {error:.1e}, over {TOLERANCE}, "
-                "and so may gradients be wrong: take keep_every=8 or less, or "
-                "memory='checkpoint'."
+                "and so may gradients be wrong: take memory='checkpoint', or keep_every=8 in a "
+                "Composite of your own."
             )
 
 

@@ -219,7 +219,9 @@ class DensityEstimator(LightningModule):
         left = None if timer is None else timer.time_remaining()
         if left is None:
             return 0.0
-        return 1.0 if left <= 0 else (over := timer.time_elapsed()) / (over + left)
+        part = 1.0 if left <= 0 else (over := timer.time_elapsed()) / (over + left)
+        # All processes go by the clock of the first.
+        return self.trainer.strategy.broadcast(part)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["flow_config"] = self.flow_config

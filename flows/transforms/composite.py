@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flows.checks import check_at_least
 from flows.transforms.base import Transform, preserves_volume
@@ -28,24 +29,31 @@ class Composite(Transform):
     * ``"checkpoint"``: the inputs of every transform. What happens inside is repeated.
 
     Gradients are those of ``"store"``, up to the rounding of the inverses. Noise is repeated,
-    statistics are updated once, and autocast is as it was. Derivatives of derivatives need
-    ``"store"`` or ``"checkpoint"``. ``torch.func`` transforms and ``torch.export`` go as
-    ``"store"`` does, ``torch.compile`` leaves a reversible chain uncompiled.
+    which takes some kilobytes for every transform that draws it; statistics are updated once,
+    autocast and the modes of modules are as they were.
+
+    A reversible chain needs inverses in the mode it is in, tensors or None as context, and
+    gradients of inputs, context and parameters only. Derivatives of derivatives and forward
+    mode need ``"store"``, or the former ``"checkpoint"``. Neither repeats layers whose outputs
+    depend on statistics that the same call updates, such as spectral normalization in training.
+    ``torch.func`` transforms and ``torch.export`` go as ``"store"`` does, ``torch.compile``
+    leaves a reversible chain uncompiled.
 
     Args:
         transforms: In the order of ``forward``, data to noise.
         memory: As above.
-        keep_every: Keep the inputs of every so manieth transform. By default 1 for
-            ``"checkpoint"``; for ``"reversible"`` only those of the first, and fewer errors of
-            rounding add up where more are kept.
+        keep_every: n keeps the inputs of every n-th transform. By default 1 for
+            ``"checkpoint"``, and for ``"reversible"`` those of the first only. With more of
+            them fewer errors of rounding add up.
 
     Shape:
         As the transforms say; logabsdet (batch,) is the sum of theirs.
 
     Attributes:
         inversion_error: Of the last backward pass of a reversible chain, a scalar tensor: the
-            largest difference between inputs that were kept and what was recovered, in units
-            of the largest input or 1. None before there was one.
+            largest difference between inputs that were kept and what was recovered, or between
+            the outputs of a transform and what it makes of the inputs recovered from them, in
+            units of the largest of them or 1. None before there was one.
 
     Raises:
         ValueError: If ``memory`` is none of these, or ``keep_every`` does not fit it.
@@ -95,6 +103,11 @@ class Composite(Transform):
         order = list(reversed(self.transforms)) if inverse else list(self.transforms)
         if self.memory == "store" or not torch.is_grad_enabled() or _derives_otherwise():
             return run(order, inputs, context, inverse)
+        if parametrize._cache_enabled:
+            raise RuntimeError(
+                f"memory={self.memory!r} cannot differentiate weights that parametrize.cached() "
+                "holds: take 'store'."
+            )
         if self.memory == "checkpoint":
             return run_checkpointed(order, inputs, context, inverse, self.keep_every or 1)
         every = self.keep_every or max(1, len(order))
@@ -111,5 +124,5 @@ class Composite(Transform):
 
 
 def _derives_otherwise() -> bool:
-    """Whether what is kept is not for autograd to decide: within ``torch.func``, or no need."""
+    """Within ``torch.func`` or ``torch.export``, which know no such backward passes."""
     return torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()

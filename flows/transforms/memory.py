@@ -75,17 +75,16 @@ class _Repeatable:
     def __init__(self, transforms: Sequence[Transform], inverse: bool) -> None:
         self.chain = nn.ModuleList(transforms)
         self.inverse = inverse
-        self.parameters: dict[str, Tensor] | None = None
-        self.updates = False
+        self.record: _Record | None = None
 
     def __call__(self, inputs: Tensor, context: Tensor | None) -> Result:
         arguments = inputs, context, self.inverse
-        if self.parameters is not None:
-            return _lend(self.chain, self.parameters, self.updates, run, *arguments)
+        if self.record is not None:
+            return self.record.repeat(self.parameters, run, *arguments)
         self.parameters = dict(self.chain.named_parameters())
-        versions = _versions(self.chain)
+        record = _Record(self.chain)
         result = run(self.chain, *arguments)
-        self.updates = _versions(self.chain) != versions
+        self.record = record.done()
         return result
 
 
@@ -102,18 +101,18 @@ class _Reversible(torch.autograd.Function):
     ) -> Result:
         transforms, _, inverse, keep_every, _ = ctx.chain = chain
         ctx.precision = _precision(inputs.device)
-        ctx.noise, ctx.updates, kept = [], [], []
+        ctx.noise, ctx.records, kept = [], [], []
         outputs, total = inputs, inputs.new_zeros(inputs.shape[0])
         with torch.autocast(**ctx.precision):
             for k, transform in enumerate(transforms):
                 if k % keep_every == 0:
                     kept.append(outputs)
-                noise, versions = random_state(inputs.device), _versions(transform)
+                noise, record = random_state(inputs.device), _Record(transform)
                 outputs, logabsdet = _step(transform, outputs, context, inverse)
                 total = total + logabsdet
                 # Kept only where it is needed: each takes kilobytes.
                 ctx.noise.append(noise if noise_since(inputs.device, noise) else None)
-                ctx.updates.append(_versions(transform) != versions)
+                ctx.records.append(record.done())
         ctx.save_for_backward(outputs, context, *kept, *parameters)
         return outputs, total
 
@@ -144,19 +143,22 @@ class _Reversible(torch.autograd.Function):
                 _repeated_noise(ctx.noise[k], outputs.device) as rewind,
             ):
                 given = outputs, context, inverse, rewind
-                inputs, *results = _lend(transforms[k], copies, ctx.updates[k], _recover, *given)
-            wanted = {"inputs": inputs} if k or wants_inputs else {}
+                inputs, *results = ctx.records[k].repeat(copies, _recover, *given)
+            wanted = {"inputs": inputs} if inputs.requires_grad and (k or wants_inputs) else {}
             wanted |= {"context": context} if wants_context else {}
             wanted |= {i: copies[name] for name, i in numbers[k].items() if wants[i]}
             found = _gradients(results, (grad, grad_logabsdet), wanted)
             grad = found.pop("inputs", None)
             for key, gradient in found.items():
                 totals[key] = totals[key] + gradient if key in totals else gradient
+            error = torch.maximum(error, _distance(results[0].detach(), outputs))
             outputs = inputs.detach()
             if k % keep_every == 0:
                 exact = kept.pop()
                 error = torch.maximum(error, _distance(outputs, exact))
                 outputs = exact
+            if grad is None and k:
+                grad = torch.zeros_like(outputs)
         report(error)
         return None, grad, totals.get("context"), *map(totals.get, range(len(parameters)))
 
@@ -174,31 +176,43 @@ def _recover(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of a step from its outputs, and the step from them, differentiable."""
     rewind()
-    if hasattr(transform, "recover"):
+    if _knows_how_to_recover(transform):
         return transform.recover(outputs, context, inverse=inverse)
     with torch.no_grad():
         inputs, _ = _step(transform, outputs, context, not inverse)
-    inputs = inputs.detach().requires_grad_()
+    inputs = inputs.detach()
+    inputs.requires_grad_(inputs.is_floating_point())
     rewind()
     return inputs, *_step(transform, inputs, context, inverse)
+
+
+def _knows_how_to_recover(transform: Transform) -> bool:
+    """Whether its ``recover`` was written for its ``forward`` and ``inverse``, as they are."""
+    for kind in type(transform).__mro__:
+        if "recover" in vars(kind):
+            return True
+        if "forward" in vars(kind) or "inverse" in vars(kind):
+            return False
+    return False
 
 
 def _gradients(
     results: Sequence[Tensor], grads: Sequence[Tensor], wanted: dict[Any, Tensor]
 ) -> dict[Any, Tensor]:
-    """Gradients of what is wanted, given results and their gradients; zero where unused."""
+    """Gradients of what is wanted and used, given results and their gradients."""
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if y.requires_grad]
     if not (pairs and wanted):
-        return {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+        return {}
     outputs, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, list(wanted.values()), grads, materialize_grads=True)
-    return dict(zip(wanted, found, strict=True))
+    found = torch.autograd.grad(outputs, list(wanted.values()), grads, allow_unused=True)
+    named = zip(wanted, found, strict=True)
+    return {key: gradient for key, gradient in named if gradient is not None}
 
 
 def _distance(found: Tensor, exact: Tensor) -> Tensor:
     """Largest difference, in units of the largest entry or 1."""
-    if not exact.numel():
-        return exact.new_zeros(())
+    if not exact.numel() or not exact.is_floating_point():
+        return (found != exact).sum().double()
     return (found - exact).abs().max() / exact.abs().max().clamp_min(1)
 
 
@@ -217,26 +231,49 @@ class _Call(nn.Module):
         return self.function(self.module, *arguments)
 
 
-def _lend(
-    module: nn.Module,
-    parameters: dict[str, Tensor],
-    updates: bool,
-    function: Callable,
-    *arguments: Any,
-) -> Any:
-    """``function(module, *arguments)``, the module having these parameters meanwhile.
+class _Record:
+    """How a module was when it was called, so that the call can be repeated."""
 
-    Where the first call updated buffers, this one works on copies of them.
-    """
-    lent = {f"module.{name}": tensor for name, tensor in parameters.items()}
-    if updates:
-        lent |= {f"module.{name}": buffer.clone() for name, buffer in module.named_buffers()}
-    return functional_call(_Call(module, function), lent, arguments)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.modes = [part.training for part in module.modules()]
+        self.versions = _versions(module)
+        self.updates = False
+
+    def done(self) -> "_Record":
+        """To be called after the call: has it updated buffers?"""
+        before, self.versions = self.versions, _versions(self.module)
+        self.updates = self.versions != before
+        return self
+
+    def repeat(self, parameters: dict[str, Tensor], function: Callable, *arguments: Any) -> Any:
+        """``function(module, *arguments)`` with these parameters, in the modes of then.
+
+        Where the first call updated buffers, this one works on copies of them.
+        """
+        if _versions(self.module) != self.versions:
+            raise RuntimeError(
+                f"buffers of {type(self.module).__name__} were changed between its forward and "
+                "its backward pass, so that what it did cannot be repeated."
+            )
+        lent = {f"module.{name}": tensor for name, tensor in parameters.items()}
+        if self.updates:
+            buffers = self.module.named_buffers()
+            lent |= {f"module.{name}": buffer.clone() for name, buffer in buffers}
+        parts = list(self.module.modules())
+        now = [part.training for part in parts]
+        try:
+            for part, mode in zip(parts, self.modes, strict=True):
+                part.training = mode
+            return functional_call(_Call(self.module, function), lent, arguments)
+        finally:
+            for part, mode in zip(parts, now, strict=True):
+                part.training = mode
 
 
-def _versions(module: nn.Module) -> list[int]:
-    """Changes with every update of a buffer."""
-    return [buffer._version for buffer in module.buffers()]
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Changes with every update of a buffer, in place or by assignment."""
+    return [(id(buffer), buffer._version) for buffer in module.buffers()]
 
 
 def _precision(device: torch.device) -> dict[str, Any]:
@@ -254,8 +291,8 @@ def _repeated_noise(
     noise: tuple[Tensor, ...] | None, device: torch.device
 ) -> Iterator[Callable[[], None]]:
     """Gives what sets the generators to this state; at the end they are as they were."""
-    if noise is None:
-        yield lambda: None
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield lambda: set_random_state(device, noise)
+    before = random_state(device)
+    try:
+        yield lambda: None if noise is None else set_random_state(device, noise)
+    finally:
+        set_random_state(device, before)

@@ -10,6 +10,7 @@ from nflows.transforms import AffineCouplingTransform, BatchNorm, IdentityTransf
 from torch import Tensor, multiprocessing, nn
 from torch.func import functional_call, jacrev
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from flows.nets import MLP
 from flows.transforms import (
@@ -18,6 +19,7 @@ from flows.transforms import (
     Composite,
     Dequantize,
     InverseNotAvailable,
+    Permutation,
     Rotation,
     SplineCoupling,
     Transform,
@@ -243,6 +245,124 @@ def test_parameters_changed_before_the_backward_pass_are_noticed():
         composite.transforms[0].raw_angles.add_(0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         nll.backward()
+
+
+@each_mode
+def test_modes_are_as_they_were(memory):
+    found = []
+    for kept in ("store", memory):
+        composite = chain(kept, dropout=0.5)
+        torch.manual_seed(2)
+        nll = loss(composite, data())
+        composite.eval()
+        nll.backward()
+        assert not any(part.training for part in composite.modules())
+        found.append([parameter.grad for parameter in composite.parameters()])
+    torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=1e-7)
+
+
+@each_mode
+def test_buffers_changed_before_the_backward_pass_are_noticed(memory):
+    composite = Composite([AffineCoupling(4, Normalized)], memory=memory).double().eval()
+    nll = loss(composite, data())
+    composite.train()
+    with torch.no_grad():
+        composite(data())
+    with pytest.raises(RuntimeError, match="buffers of .* were changed between its forward and"):
+        nll.backward()
+
+
+class Counting(MLP):
+    """Counts its calls in a buffer that it assigns."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, hidden_features=8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(inputs, context)
+
+
+@each_mode
+def test_assigned_buffers_are_updated_once(memory):
+    composite = Composite([AffineCoupling(4, Counting), Rotation(4)], memory=memory).double()
+    gradients(composite, data())
+    assert composite.transforms[0].net.calls == 1
+
+
+class Doubled(AffineCoupling):
+    """A coupling with a forward and an inverse of its own."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, logabsdet = super().forward(inputs, context)
+        return 2 * outputs, logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(inputs / 2, context)
+
+
+@each_mode
+def test_layers_derived_from_couplings_go_their_own_way(memory):
+    found = []
+    for kept in ("store", memory):
+        composite = chain(kept)
+        for transform in composite.transforms:
+            if type(transform) is AffineCoupling:
+                transform.__class__ = Doubled
+        found.append(gradients(composite, data()))
+    torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=1e-7)
+
+
+@each_mode
+def test_two_passes_before_the_backward_pass(memory):
+    found = []
+    for kept in ("store", memory):
+        composite = chain(kept, dropout=0.5)
+        torch.manual_seed(2)
+        there, logabsdet = composite(data())
+        back, _ = composite.inverse(there.detach() + 0.1)
+        (there.square().sum() + back.square().sum() - logabsdet.sum()).backward()
+        found.append([parameter.grad for parameter in composite.parameters()])
+    torch.testing.assert_close(found[1], found[0], atol=1e-8, rtol=1e-7)
+
+
+def test_sampling_through_dequantization_draws_nothing_on_its_way_back():
+    composite = Composite([Dequantize(8), Rotation(4, init="haar")], memory="reversible")
+    outputs, _ = composite.inverse(data(dtype=torch.float32).requires_grad_())
+    before = torch.get_rng_state()
+    outputs.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_mode
+def test_weights_held_by_a_cache_are_refused(memory):
+    composite = chain(memory)
+    with parametrize.cached():
+        with pytest.raises(RuntimeError, match=f"memory='{memory}' cannot .*parametrize.cached"):
+            composite(data())
+        with torch.no_grad():
+            composite(data())
+
+
+class Whole(Transform):
+    """Takes whole numbers to real ones."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return inputs.double() / 3, inputs.new_zeros(len(inputs), dtype=torch.float64)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (inputs * 3).round().long(), inputs.new_zeros(len(inputs))
+
+
+@each_mode
+def test_whole_numbers_on_the_way(memory):
+    inputs, found = torch.arange(80).view(20, 4), []
+    for kept in ("store", memory):
+        torch.manual_seed(0)
+        layers = [Permutation(4), Whole(), *chain().transforms]
+        found.append(gradients(Composite(layers, memory=kept).double(), inputs))
+    torch.testing.assert_close(found[1], found[0], atol=1e-8, rtol=1e-7)
 
 
 @each_mode
