@@ -2,6 +2,11 @@
 
 ``forward(inputs, context=None)`` goes from data to noise, ``inverse`` back; both return
 ``(outputs, logabsdet)`` with logabsdet a fresh dense tensor of shape (batch,), in nats.
+
+A layer may also have ``recover(outputs, context=None, *, inverse=False)``, which a chain with
+``memory="reversible"`` calls in its backward pass: the inputs of ``forward`` (or of ``inverse``)
+from its outputs, as a leaf that requires its gradient, then outputs and logabsdet as functions of
+it. It pays where the way back and the way forth share work. Without it a chain calls both.
 """
 
 import torch

@@ -51,9 +51,8 @@ class Composite(Transform):
 
     Attributes:
         inversion_error: Of the last backward pass of a reversible chain, a scalar tensor: the
-            largest difference between inputs that were kept and what was recovered, or between
-            the outputs of a transform and what it makes of the inputs recovered from them, in
-            units of the largest of them or 1. None before there was one.
+            largest difference between inputs that were kept and what was recovered, in units
+            of the largest input or 1. None before there was one.
 
     Raises:
         ValueError: If ``memory`` is none of these, or ``keep_every`` does not fit it.

@@ -103,6 +103,14 @@ class Rotation(OrthogonalBase, Transform):
         check_features(inputs, self.features, axis=-1)
         return _mix(inputs, self.matrix()), inputs.new_zeros(inputs.shape[0])
 
+    def recover(
+        self, outputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Coupling.recover`; one W serves the way back and the way forth."""
+        weight = self.matrix() if inverse else self.matrix().mT
+        inputs = _mix(outputs, weight.detach().mT).requires_grad_()
+        return inputs, _mix(inputs, weight), inputs.new_zeros(inputs.shape[0])
+
     @torch.no_grad()
     def recenter(self) -> None:
         """Fold the learned rotation into the base and restart the angles; W is unchanged.
@@ -177,6 +185,14 @@ class Rotation1x1(Transform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._mix(inputs, self.rotation.matrix().mT)
+
+    def recover(
+        self, outputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Coupling.recover`; one W serves the way back and the way forth."""
+        weight = self.matrix().mT if inverse else self.matrix()
+        inputs = self._mix(outputs, weight.detach().mT)[0].requires_grad_()
+        return inputs, *self._mix(inputs, weight)
 
     def matrix(self) -> Tensor:
         """W, shape (channels, channels)."""
