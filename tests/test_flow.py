@@ -175,13 +175,14 @@ def test_context_passes_the_embedding_net_first():
     assert (embedding.weight.grad != 0).any()
 
 
+@pytest.mark.parametrize(("knots", "steps"), [(0, 320), (32, 960)])  # as fine as the density
 @pytest.mark.parametrize("context_features", [0, 2])
-def test_density_integrates_to_one(context_features):
+def test_density_integrates_to_one(context_features, knots, steps):
     flow = RotationSplineFlow(
-        2, layers=3, hidden_features=8, context_features=context_features, bins=5
+        2, layers=3, hidden_features=8, context_features=context_features, bins=5, knots=knots
     )
     flow = randomized(flow, std=0.2).double()
-    steps, extent = 320, 8.0
+    extent = 8.0
     middles = extent * (2 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps - 1)
     points = torch.cartesian_prod(middles, middles)
     context = None

@@ -24,8 +24,8 @@ class Composite(Transform):
     * ``"store"``: all that autograd keeps, which grows with k.
     * ``"reversible"``: inputs and outputs of the chain. Every other input is recovered by the
       inverse of its transform, so that memory does not grow with k, and one transform at a
-      time is differentiated. A step takes about a third more time; for layers whose inverse is
-      slow, such as masked autoregressive ones, far more.
+      time is differentiated. A training step of Glow takes half as much time again; with
+      layers whose inverse is slow, such as masked autoregressive ones, far more.
     * ``"checkpoint"``: the inputs of every transform. What happens inside is repeated.
 
     Gradients are those of ``"store"``, up to the rounding of the inverses. Noise is repeated,

@@ -50,7 +50,6 @@ def run_checkpointed(
     return inputs, total
 
 
-@torch.compiler.disable
 def run_reversible(
     transforms: Sequence[Transform],
     inputs: Tensor,
