@@ -26,6 +26,6 @@ def set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
 
 def noise_since(device: torch.device, state: tuple[Tensor, ...]) -> bool:
     """Whether anything was drawn since then."""
-    # As long integers, a fraction of the time that bytes take.
+    # As integers, a fraction of the time that bytes take.
     pairs = zip(state, random_state(device), strict=True)
-    return not all(torch.equal(a.view(torch.int64), b.view(torch.int64)) for a, b in pairs)
+    return not all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)

@@ -118,7 +118,7 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_outputs: Tensor, grad_logabsdet: Tensor) -> tuple:
         if torch.is_grad_enabled():
-            raise NotImplementedError(
+            raise RuntimeError(
                 "a chain with memory='reversible' has no derivatives of derivatives "
                 "(create_graph=True): take 'store' or 'checkpoint'."
             )
