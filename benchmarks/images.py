@@ -211,6 +211,8 @@ def main() -> None:
         for model in given.models
     ]
     rows = race("images", rows, threads=given.threads, at_once=given.at_once, resume=given.resume)
+    for row in rows:  # folders of this machine
+        del row["root"], row["samples"]
     file = write_json("images", rows, device="cpu", path=given.output, at_once=given.at_once)
     show_images(rows)
     print(file)
