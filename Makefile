@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 VISION := .venv-vision
 
-.PHONY: setup train test vision-test lint format notebooks bench fashion-mnist
+.PHONY: setup train test vision-test lint format notebooks bench stress fashion-mnist
 
 setup: .venv/.stamp
 
@@ -51,6 +51,9 @@ bench: setup  ## make bench ARGS="--threads 1"; with a GPU: .venv/bin/python -m 
 	$(BIN)/python -m benchmarks.spline $(ARGS)
 	$(BIN)/python -m benchmarks.steps $(ARGS)
 	$(BIN)/python -m benchmarks.memory $(ARGS)
+
+stress: setup  ## what the README promises, tried at length: kills, processes, files, numbers
+	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.stress $(ARGS)
 
 fashion-mnist:  ## real Fashion-MNIST from Debian's archive, into data/FashionMNIST/raw
 	mkdir -p data/FashionMNIST/raw

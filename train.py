@@ -8,11 +8,10 @@
   python train.py --ckpt_path runs/.../last.ckpt        resume a run
   python train.py --trainer.logger=WandbLogger          Weights & Biases as well
   python train.py test --ckpt_path runs/.../best.ckpt
-  python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8
-  python train.py sample --ckpt_path runs/.../best.ckpt --labels 0,1,2
+  python train.py audit --ckpt_path runs/.../best.ckpt  is the flow what it claims?
+  python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8 --labels 0,1
 
-Without a subcommand it fits. fit, test and sample have --help of their own; fit
-lists all keys.
+Without a subcommand it fits. Each has --help of its own; that of fit lists all keys.
 """
 
 import argparse
@@ -37,9 +36,10 @@ def fit(args: list[str]) -> None:
         cli = RunCLI(args, default_config=DEFAULT_CONFIG)
         cli.open_run()
     summary = cli.train()
-    print_metrics(summary)
-    for path in sorted(cli.folder.iterdir()):
-        print(f"  {path}")
+    if cli.trainer.is_global_zero:
+        print_metrics(summary)
+        for path in sorted(cli.folder.iterdir()):
+            print(f"  {path}")
 
 
 def test(args: list[str]) -> None:
@@ -49,7 +49,18 @@ def test(args: list[str]) -> None:
         cli = RunCLI(args)
         cli.datamodule.setup("test")
         cli.model.initialize(cli.datamodule)
-    print_metrics(cli.test())
+    metrics = cli.test()
+    if cli.trainer.is_global_zero:
+        print_metrics(metrics)
+
+
+def audit(args: list[str]) -> None:
+    from flows.training.cli import RunCLI, one_line_errors
+
+    with one_line_errors():
+        found = RunCLI(args).audit()
+    print(found)
+    sys.exit(0 if found.ok else 1)
 
 
 def sample(args: list[str]) -> None:
@@ -105,7 +116,7 @@ def print_metrics(metrics: dict) -> None:
 
 
 def main(args: list[str]) -> None:
-    commands = {"fit": fit, "test": test, "sample": sample}
+    commands = {"fit": fit, "test": test, "audit": audit, "sample": sample}
     if args and args[0] in ("-h", "--help"):
         print(__doc__.strip())
     elif args and args[0] in commands:

@@ -14,6 +14,7 @@ __all__ = [
     "show_samples",
     "show_splines",
     "show_steps",
+    "show_stress",
     "show_toy_densities",
 ]
 
@@ -153,6 +154,22 @@ def show_steps(rows: list[dict], device: str) -> None:
         table.add_row(case, *rates, *leads)
     console.print(table)
     _left_out(console, rows, "case")
+
+
+def show_stress(rows: list[dict]) -> None:
+    """A line for each promise, then what went wrong."""
+    console = _console(160)
+    heads = ["", "result", "asked", "", "seconds"]
+    table = _table(console, "Promises, tried at length", heads)
+    for row in rows:
+        verdict = "kept" if row["ok"] else "BROKEN"
+        style = "" if row["ok"] else "bold red"
+        cells = (row["what"], row["result"], row["asked"], verdict, _number(row["seconds"]))
+        table.add_row(*cells, style=style)
+    console.print(table)
+    for row in rows:
+        for wrong in row.get("wrong", []):
+            console.print(f"{row['what']}: {wrong}", highlight=False, markup=False)
 
 
 def show_toy_densities(rows: list[dict], chosen: dict[tuple[str, str], dict], device: str) -> None:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
@@ -23,14 +24,20 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 
 
 class EpochLoader(ABC):
-    """An iterable of batches ``(inputs, ...)`` that depends on the epoch it is told.
+    """An iterable of batches ``(inputs, ...)``, each known by epoch and number alone.
+
+    Where several processes train together, a batch of all is ``processes`` times as large and
+    each takes its own part of it: together they see what one process with so large a batch would.
 
     Lightning announces the epoch through ``loader.sampler.set_epoch`` and asks every loader
-    that has a sampler for its batch sampler.
+    that has a sampler for its batch sampler. Its checkpoints hold ``state_dict``, by which a
+    resumed run goes on within an epoch.
     """
 
     batch_sampler = None
     epoch = 0
+    _next = 0  # batch of the epoch that has begun
+    _resumed: dict[str, int] | None = None
 
     @property
     def sampler(self) -> "EpochLoader":
@@ -43,7 +50,36 @@ class EpochLoader(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
+    def batch(self, number: int, process: int, processes: int) -> tuple[Tensor, ...]:
+        """What a process sees as batch ``number`` of the epoch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        # By now the epoch has been announced.
+        state, self._resumed = self._resumed, None
+        place, first = _place(), 0
+        if state is not None and state["epoch"] == self.epoch:
+            first = state["next"]
+            if state["processes"] != place[1]:
+                raise ValueError(
+                    f"to go on within an epoch takes {state['processes']} processes, as before, "
+                    f"got {place[1]}."
+                )
+        for number in range(first, len(self)):
+            self._next = number + 1
+            yield self.batch(number, *place)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "next": self._next, "processes": _place()[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resumed = state
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process among those that train together, and how many they are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class Batches(EpochLoader):
@@ -54,8 +90,11 @@ class Batches(EpochLoader):
     Args:
         tensors: Tensors of the same length, or what gives a tensor for chosen rows; a batch
             is a tuple with some rows of each.
-        batch_size: Rows per batch; the last one may be smaller.
-        shuffle: Draw a new order every epoch.
+        batch_size: Rows per batch and process; the last one may be smaller.
+        shuffle: Draw a new order every epoch. Several processes then take equally many rows
+            each, as the mean over their gradients demands: of the last batch up to
+            ``processes - 1`` rows are left out, other ones every epoch. Without it every row
+            is taken once, and parts of the last batch may differ by one row or be empty.
         seed: Seed of the orders.
     """
 
@@ -72,18 +111,37 @@ class Batches(EpochLoader):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        processes = _place()[1]
         rows = len(self.tensors[0])
-        order = torch.arange(rows)
         if self.shuffle:
-            order = torch.randperm(rows, generator=seeded_generator(self.seed, self.epoch))
-        for start in range(0, rows, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            yield tuple(tensor[chosen] for tensor in self.tensors)
+            rows -= rows % processes
+            if len(self.tensors[0]) and not rows:
+                raise ValueError(
+                    f"{processes} processes need at least {processes} training rows, "
+                    f"got {len(self.tensors[0])}."
+                )
+        return -(-rows // (self.batch_size * processes))
+
+    def batch(self, number: int, process: int, processes: int) -> tuple[Tensor, ...]:
+        size = self.batch_size * processes
+        rows = self._rows()[number * size : (number + 1) * size]
+        if self.shuffle:
+            rows = rows[: len(rows) - len(rows) % processes]
+        chosen = rows.tensor_split(processes)[process]
+        return tuple(tensor[chosen] for tensor in self.tensors)
+
+    def _rows(self) -> Tensor:
+        """The order of the epoch."""
+        if self._order is None or self._order[0] != self.epoch:
+            count = len(self.tensors[0])
+            order = torch.arange(count)
+            if self.shuffle:
+                order = torch.randperm(count, generator=seeded_generator(self.seed, self.epoch))
+            self._order = (self.epoch, order)
+        return self._order[1]
 
 
 class DataModule(LightningDataModule):

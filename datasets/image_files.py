@@ -1,5 +1,6 @@
 """The files of CIFAR-10 and SVHN; MNIST's are in ``idx.py``."""
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from datasets.errors import one_line
 
 __all__ = ["CLASSES", "check_labels", "read_cifar", "read_svhn"]
 
+# A compressed file of photographs does not become larger by such a factor.
+EXPANSION = 64
+NUMBERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "single", "double")
 CLASSES = 10  # in MNIST, Fashion-MNIST, CIFAR-10 and SVHN alike
 
 
@@ -35,9 +39,13 @@ def read_svhn(path: Path) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: The file is no such MATLAB file.
     """
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     try:
+        limit = EXPANSION * path.stat().st_size
+        for name, shape, kind in whosmat(path):
+            if kind not in NUMBERS or math.prod(shape) > limit:
+                raise ValueError(f"{name} of {kind} {shape}, not at most {limit} numbers")
         content = loadmat(path, variable_names=["X", "y"])
         pixels, digits = content["X"], content["y"]
     except Exception as error:  # damaged bytes make the reader raise almost anything
@@ -54,19 +62,36 @@ def read_svhn(path: Path) -> tuple[Tensor, Tensor]:
     return images, check_labels(path, torch.from_numpy(digits.ravel() % 10), len(images))
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds arrays, numbers, text, lists and dicts, and refuses everything else."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds arrays, numbers, text, lists and dicts, and refuses everything else.
+
+    It is the one in Python: that in C makes room for as many objects as a file says it has.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core.", "numpy._core.")
-        if (module, name) not in {
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),
-        }:
-            raise pickle.UnpicklingError(f"the file asks for {module}.{name}")
-        return super().find_class(module, name)
+        match module, name:
+            case "numpy", "dtype":
+                return np.dtype
+            case "numpy", "ndarray":
+                return None  # nothing to call; only named, for the next one
+            case "numpy._core.multiarray", "_reconstruct":
+                return _empty_array
+            case "_codecs", "encode":
+                return _encode
+        raise pickle.UnpicklingError(f"the file asks for {module}.{name}")
+
+
+def _empty_array(kind: None, shape: tuple[int], code: bytes) -> np.ndarray:
+    """What the state of a pickled array is then put into."""
+    return np.ndarray.__new__(np.ndarray, (0,), np.int8)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 2 is given its bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the file asks for the encoding {encoding!r}")
+    return text.encode("latin1")
 
 
 def read_cifar(path: Path) -> tuple[Tensor, Tensor]:
@@ -78,7 +103,10 @@ def read_cifar(path: Path) -> tuple[Tensor, Tensor]:
     with open(path, "rb") as file:
         try:
             batch = _PlainUnpickler(file, encoding="latin1").load()
-            pixels, labels = batch["data"], torch.tensor(batch["labels"])
+            pixels, labels = batch["data"], batch["labels"]
+            if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+                raise ValueError("labels that are no list of integers")
+            labels = torch.tensor(labels)
         except Exception as error:  # damaged bytes make the unpickler raise almost anything
             raise ValueError(
                 f"{path}: expected a batch of CIFAR-10 in Python's form, got {one_line(error)}"

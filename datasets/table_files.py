@@ -14,6 +14,9 @@ __all__ = ["read_columns", "read_names"]
 
 # A header of 10,000 names fits easily; a binary file without line ends does not.
 LINE_LIMIT = 2**20
+# A Parquet file that repeats one value can claim any number of rows.
+PARQUET_LIMIT = 2**28
+EXPANSION = 64
 
 
 def read_names(path: Path, *, delimiter: str = ",") -> list[str]:
@@ -167,7 +170,9 @@ def _open_npy(path: Path) -> np.ndarray:
     """The array, on disk: a header that claims too much costs no memory."""
     try:
         values = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged header is Python code to numpy's reader
         raise ValueError(
             f"{path}: expected an NPY file of plain numbers, without pickled objects, "
             f"got: {one_line(error)}"
@@ -204,6 +209,12 @@ def _parquet_columns(path: Path, columns: Sequence[int]) -> np.ndarray:
 
     file = _open_parquet(path)
     schema = file.schema_arrow
+    limit = max(PARQUET_LIMIT, EXPANSION * path.stat().st_size)
+    if (size := 8 * file.metadata.num_rows * len(columns)) > limit:
+        raise ValueError(
+            f"{path}: expected a table of at most {limit} bytes, {EXPANSION} times the file, got "
+            f"{file.metadata.num_rows} rows, {size} bytes: write a larger one as .npy."
+        )
     for column in columns:
         field = schema.field(column)
         kinds = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_boolean)

@@ -1,7 +1,5 @@
 """Endless data from the densities of ``datasets.densities``, a module for each."""
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from datasets.base import DataModule, EpochLoader, seeded_generator
@@ -32,7 +30,7 @@ class FreshBatches(EpochLoader):
 
     Args:
         density: What to sample.
-        batch_size: Rows per batch.
+        batch_size: Rows per batch and process.
         batches: Batches per epoch.
         seed: Seed of the samples.
     """
@@ -46,10 +44,10 @@ class FreshBatches(EpochLoader):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[tuple[Tensor]]:
-        for i in range(self.batches):
-            generator = seeded_generator(self.seed, 0, self.epoch, i)
-            yield (self.density.sample(self.batch_size, generator),)
+    def batch(self, number: int, process: int, processes: int) -> tuple[Tensor]:
+        generator = seeded_generator(self.seed, 0, self.epoch, number)
+        rows = self.density.sample(self.batch_size * processes, generator)
+        return (rows[self.batch_size * process : self.batch_size * (process + 1)],)
 
 
 class Toy(DataModule):

@@ -1,6 +1,6 @@
 """Normalizing flows built on exact rotations parametrized by angles."""
 
-from flows import distributions, givens, householder, nets, recipes, transforms
+from flows import diagnostics, distributions, givens, householder, nets, recipes, transforms
 from flows.flow import Flow, load
 from flows.objectives import bits_per_dim
 from flows.parametrize import orthogonal
@@ -64,6 +64,7 @@ __all__ = [
     "Twist",
     "VariationalDequantize",
     "bits_per_dim",
+    "diagnostics",
     "distributions",
     "givens",
     "householder",

@@ -1,19 +1,15 @@
 """A flow is a transform and a base distribution; and how to get a trained one back."""
 
-import importlib
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from flows.checkpoint import build, find_checkpoint, read_checkpoint
 from flows.checks import check_at_least
 from flows.transforms.base import Transform
 
-__all__ = ["DensityModel", "Flow", "find_checkpoint", "load", "read_checkpoint"]
+__all__ = ["DensityModel", "Flow", "load"]
 
 
 class Flow(nn.Module):
@@ -132,6 +128,8 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
     """A trained flow in eval mode, from a run folder or a checkpoint; neither data nor Lightning.
 
     Models that are no :class:`Flow` but have its ``log_prob`` and ``sample`` come back, too.
+    A file from a stranger runs no code, builds only parts of this library, and takes no more
+    memory than a few times its own size.
 
     Args:
         path: A run folder (its best checkpoint is taken, else its last) or a checkpoint.
@@ -151,7 +149,7 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
             raise ValueError(
                 f"{path} does not say how its flow was built: pass one, load(path, flow)."
             )
-        flow = _build(config)
+        flow = build(config, path.stat().st_size)
         if not isinstance(flow, DensityModel):
             raise ValueError(
                 f"{path} must describe a Flow, or a module with its forward, log_prob and sample, "
@@ -169,72 +167,3 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
         reasons = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this flow: {reasons[:400]}") from None
     return flow.eval()
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: of a run folder the best one, else the last."""
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        return path
-    for name in ("best.ckpt", "last.ckpt"):
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"expected best.ckpt or last.ckpt in {path}, found neither.")
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a training checkpoint on the CPU; runs no code that it may carry.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no readable checkpoint.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint, found no file {path}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        # What follows the first sentence is torch's advice to its own callers.
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
-        raise ValueError(
-            f"{path} is not a readable checkpoint (truncated, or no checkpoint at all): {reason}"
-        ) from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f"{path} is no training checkpoint: it holds no state_dict.")
-    return checkpoint
-
-
-def _build(config: Any) -> Any:
-    """Objects from nested {class_path, init_args}, as training configs write them.
-
-    Only names inside this library are followed, so that a checkpoint from a stranger can
-    build nothing else.
-    """
-    if isinstance(config, list | tuple):
-        return [_build(item) for item in config]
-    if not (isinstance(config, Mapping) and "class_path" in config):
-        return config
-    name = str(config["class_path"])
-    module_name, _, class_name = name.rpartition(".")
-    if module_name != "flows" and not module_name.startswith("flows."):
-        raise ValueError(
-            f"a checkpoint may name only classes of flows, got {name}: build the flow "
-            "yourself and pass it, load(path, flow)."
-        )
-    try:
-        target = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError):
-        raise ValueError(f"this version of flows has no {name}.") from None
-    if not (isinstance(target, type) and issubclass(target, nn.Module)):
-        raise ValueError(f"expected the name of a layer or flow, got {name}.")
-    arguments = {key: _build(value) for key, value in (config.get("init_args") or {}).items()}
-    try:
-        return target(**arguments)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be built from its init_args: {reason}") from None

@@ -1,23 +1,32 @@
-"""Callbacks that keep a run repeatable and write down what happened."""
+"""Callbacks that keep a run repeatable, write down what happened and save it in time."""
 
 import csv
+import math
+import signal
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from flows.random_state import seed as seed_device
 from flows.training.files import write_atomically
 
-__all__ = ["BestAndLast", "EpochSeed", "Recorder"]
+__all__ = ["BatchSeed", "BestAndLast", "Interrupted", "Recorder"]
+
+# What asks a run to stop, and what the same signal does when it comes again.
+AGAIN = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
-class EpochSeed(Callback):
-    """Seeds every epoch by its number, so that a resumed run draws what the whole one would.
+class BatchSeed(Callback):
+    """Seeds every training batch by its number, so that a resumed run draws what the whole would.
 
-    Validation and test draw the same noise every time, which makes epochs comparable.
+    Processes that train together draw different noise. Validation and test draw the same
+    every time, which makes epochs comparable.
 
     Args:
         seed: Seed of the run.
@@ -29,23 +38,47 @@ class EpochSeed(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0:
-            torch.manual_seed(1_000_003 * (self.seed + 1) + trainer.current_epoch)
+        self._seed(trainer, pl_module, trainer.current_epoch, batch_idx + 1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.manual_seed(self.seed)
+        self._seed(trainer, pl_module, 0, 0)
 
     on_test_epoch_start = on_validation_epoch_start
+
+    def _seed(self, trainer: Trainer, pl_module: LightningModule, *numbers: int) -> None:
+        # A tuple of integers has one hash in all processes and versions of 64 bits.
+        seed_device(pl_module.device, hash((self.seed, trainer.global_rank, *numbers)))
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and has saved what it had.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    raise SIGTERMException
 
 
 class BestAndLast(ModelCheckpoint):
     """Keeps ``best.ckpt``, by val/nll, and ``last.ckpt``, in a folder that may have been moved.
 
+    The last one is written after every epoch, and within an epoch after so many minutes or when
+    SIGTERM or SIGINT (Ctrl-C) comes: the step, or the validation, is ended, saved, and the run
+    ends by :class:`Interrupted`. The same signal again ends it at once.
+
     Args:
         folder: The run folder.
+        minutes: Between two checkpoints at most, as far as an epoch's training goes.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, minutes: float = 10.0) -> None:
         super().__init__(
             folder,
             filename="best",
@@ -53,10 +86,86 @@ class BestAndLast(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
+        self.seconds = 60 * minutes
+        self._signal = 0
+        self._step = 0
+        self._saved = time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Otherwise Lightning (2.6) takes the end of an epoch for its middle where max_steps is
+        # given, and a resumed run counts its epochs wrong.
+        trainer.fit_loop._iteration_based_training = lambda: False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step, self._saved = trainer.global_step, time.monotonic()
+        # Lightning (2.6) forgets where in the epoch the loader was as soon as somebody has asked
+        # for the number of steps, as schedules do.
+        trainer.fit_loop._load_combined_loader_states()
+        # In place of Lightning's handlers, which end a step of several processes anywhere;
+        # it puts back those that were there before the fit.
+        if threading.current_thread() is threading.main_thread():
+            for number in AGAIN:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+        signal.signal(number, AGAIN[number])
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # A batch may only accumulate gradients, which no checkpoint holds; and an epoch's last
+        # one leads to its end. Before a validation none is written: going on from it, Lightning
+        # would leave that out.
+        validates = (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+        if trainer.global_step == self._step or trainer.is_last_batch or validates:
+            return
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            return  # the end of the run
+        self._step = trainer.global_step
+        number, late = self._agreed(trainer)
+        if number or late:
+            self._save_last(trainer)
+        if number:
+            raise Interrupted(number)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         # Lightning's save_last leaves out the epochs that are not the best so far.
+        self._save_last(trainer)
+        number, _ = self._agreed(trainer)
+        if number:
+            raise Interrupted(number)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        number, _ = self._agreed(trainer)
+        if number:
+            raise Interrupted(number)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Nothing is left to save. Lightning's handler may wait for other processes.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)
+
+    def _agreed(self, trainer: Trainer) -> tuple[int, bool]:
+        """The signal that any of the processes has got, 0 for none; whether one finds it late."""
+        number, late = self._signal, time.monotonic() - self._saved > self.seconds
+        if trainer.world_size > 1:
+            here = torch.tensor([number, late], device=trainer.strategy.root_device)
+            number, late = trainer.strategy.reduce(here, reduce_op="max").tolist()
+        return number, bool(late)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        self._saved = time.monotonic()
         trainer.save_checkpoint(Path(self.dirpath, "last.ckpt"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,14 +178,15 @@ class BestAndLast(ModelCheckpoint):
             super().load_state_dict(state | here)
 
 
-class Recorder(Callback):
+class Recorder(Checkpoint):
     """Keeps the metrics of every epoch and writes them to ``metrics.csv``.
 
     The rows travel in the checkpoint, so a resumed run continues the table exactly where its
-    checkpoint was made.
+    checkpoint was made. It is one of Lightning's ``Checkpoint`` callbacks because those come
+    last, when all metrics are there, in the order they were given: before BestAndLast.
 
     Args:
-        folder: The run folder.
+        folder: The run folder; that of the first process counts.
 
     Attributes:
         rows: One dict per epoch: epoch, step, lr and all logged metrics.
@@ -88,22 +198,31 @@ class Recorder(Callback):
         self.rows: list[dict[str, float]] = []
         self._earlier = 0.0
         self._start = time.monotonic()
+        self._validated = False
 
     @property
     def seconds(self) -> float:
         return self._earlier + time.monotonic() - self._start
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run is unfinished until it ends again.
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics = trainer.callback_metrics.items()
-        row |= {
-            name: float(value) for name, value in metrics if name.startswith(("train/", "val/"))
-        }
+        # Lightning keeps the metrics of the last validation, which may be of an epoch before.
+        kinds = ("train/", "val/") if self._validated else ("train/",)
+        row |= {name: float(value) for name, value in metrics if name.startswith(kinds)}
+        self._validated = False
         self.rows.append(row)
         if trainer.is_global_zero:
             names = list(dict.fromkeys(name for row in self.rows for name in row))

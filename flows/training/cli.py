@@ -14,23 +14,33 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from flows.flow import read_checkpoint
-from flows.training.callbacks import BestAndLast, EpochSeed, Recorder
+from flows.checkpoint import read_checkpoint
+from flows.diagnostics import Audit, audit
+from flows.flow import load
+from flows.training.callbacks import BatchSeed, BestAndLast, Interrupted, Recorder
+from flows.training.configs import check_config
+from flows.training.files import AtomicCheckpointIO, write_atomically
 from flows.training.module import DensityEstimator
 from flows.training.resume import (
+    barely_begun,
     check_architecture,
     check_data,
     check_resumable,
     checkpoint_at,
 )
-from flows.training.run import finish, new_folder
+from flows.training.run import finish, new_folder, write_summary
+from flows.training.sampling import precise
 from flows.transforms.base import InputOutsideDomain
 
 __all__ = ["RunCLI", "one_line_errors"]
+
+# Rows of the test split that an audit looks at.
+AUDITED = 1000
 
 
 class RunCLI(LightningCLI):
@@ -38,7 +48,10 @@ class RunCLI(LightningCLI):
 
     The root is ``--trainer.default_root_dir``, ``runs`` if none is given; the experiment is
     the name of the config file. With ``--ckpt_path`` the config, unless another one is given,
-    and the folder are those of the run that the checkpoint, or the run folder, belongs to.
+    and the folder are those of the run that the checkpoint, or the run folder, belongs to. A
+    run folder without a checkpoint, of a run that was killed early, is begun anew.
+
+    Where several processes train together, the first one has the folder and writes.
 
     Args:
         args: Command line, without the subcommand.
@@ -48,14 +61,23 @@ class RunCLI(LightningCLI):
 
     def __init__(self, args: list[str], *, default_config: str | None = None) -> None:
         _quiet()
-        checkpoint, config = _named_files(args)
-        self.resumed_from = None
+        checkpoint, configs = _named_files(args)
+        for path in configs:
+            check_config(Path(path))
+        config = configs[-1] if configs else None
+        self._names_checkpoint = checkpoint is not None
+        self.resumed_from: Path | None = None
         self.beside: Path | None = None
         if checkpoint is not None:
-            self.resumed_from = checkpoint_at(Path(checkpoint), resume=default_config is not None)
-            read_checkpoint(self.resumed_from)
-            beside = self.resumed_from.parent / "config.yaml"
+            fits = default_config is not None
+            path = checkpoint_at(Path(checkpoint), resume=fits)
+            beside = path.parent / "config.yaml"
             self.beside = beside if beside.is_file() else None
+            check_config(beside)
+            begun = path.exists() or not (fits and self.beside and barely_begun(path.parent))
+            if begun:
+                self.resumed_from = path
+                read_checkpoint(path)
             if config is None and self.beside is None:
                 raise FileNotFoundError(
                     f"expected the run's config beside {checkpoint}, found no {beside}; "
@@ -99,7 +121,7 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        if self.config.ckpt_path is not None and self.resumed_from is None:
+        if self.config.ckpt_path is not None and not self._names_checkpoint:
             raise ValueError("ckpt_path belongs on the command line, got it in a config.")
         if self.config.trainer.fast_dev_run:
             raise ValueError(
@@ -113,11 +135,12 @@ class RunCLI(LightningCLI):
         if self.beside is not None:
             self.folder = self.beside.parent
             self.experiment = self.folder.parent.name
-            saved, asked = (
-                yaml.safe_load(text).get("data")
-                for text in (self.beside.read_text(), self.parser.dump(self.config))
-            )
-            check_data(self.resumed_from, saved, asked)
+            if self.resumed_from is not None:
+                saved, asked = (
+                    yaml.safe_load(text).get("data")
+                    for text in (self.beside.read_text(), self.parser.dump(self.config))
+                )
+                check_data(self.resumed_from, saved, asked)
         else:
             config = Path(str(self.config.config[-1])).resolve()
             # The config of an earlier run stands in <experiment>/<time>/config.yaml.
@@ -146,10 +169,13 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         callbacks = [Recorder(self.folder), BestAndLast(self.folder)]
         if self._seed is not None:
-            callbacks.append(EpochSeed(self._seed))
+            callbacks.append(BatchSeed(self._seed))
         self.trainer_defaults["callbacks"] = callbacks
         self.model.flow_config = self._flow_config
-        return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def open_run(self) -> None:
         """Try data and flow together, which shows mistakes; only then create the folder."""
@@ -165,8 +191,12 @@ class RunCLI(LightningCLI):
             )
         self.datamodule.setup("fit")
         self.model.initialize(self.datamodule)
-        self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
-        self.parser.save(self.given, str(self.folder / "config.yaml"), overwrite=True)
+        if self.trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
+            for partial in self.folder.glob("*.partial"):
+                partial.unlink()  # of a run that was killed while it wrote
+            with write_atomically(self.folder / "config.yaml") as file:
+                file.write(self.parser.dump(self.given))
 
     def train(self) -> dict[str, Any]:
         """Fit, then test and draw the best checkpoint. Returns the summary."""
@@ -178,22 +208,45 @@ class RunCLI(LightningCLI):
                 weights_only=True,
             )
             return finish(
-                self.folder,
+                self._folder,
                 self.trainer,
                 self.model,
                 self.datamodule,
                 experiment=self.experiment,
                 seed=self._seed,
             )
-        except (FloatingPointError, InputOutsideDomain) as error:
+        except (FloatingPointError, InputOutsideDomain, OSError) as error:
             self._stop(f"error: {error}", 1)
+        except Interrupted as interruption:
+            name = interruption.signal.name
+            if self.trainer.is_global_zero:
+                write_summary(
+                    self._folder,
+                    self.trainer,
+                    self.model,
+                    {"interrupted": True, "stopped_by": name},
+                    experiment=self.experiment,
+                    seed=self._seed,
+                    checkpoint=self._folder / "last.ckpt",
+                )
+            self._stop(f"interrupted by {name}", 128 + interruption.signal)
         except SIGTERMException:
             self._stop("terminated", 143)
         except (KeyboardInterrupt, SystemExit):
             self._stop("interrupted", 130)
 
+    @property
+    def _folder(self) -> Path:
+        """The run folder, which the first process has chosen."""
+        return next(c for c in self.trainer.callbacks if isinstance(c, Recorder)).folder
+
     def _stop(self, what: str, status: int) -> NoReturn:
-        last = self.folder / "last.ckpt"
+        if not self.trainer.is_global_zero:
+            # The first process says how to go on; only a failure must end the others.
+            if status == 1:
+                print(what, file=sys.stderr)
+            sys.exit(1 if status == 1 else 0)
+        last = self._folder / "last.ckpt"
         hint = f"resume with: python train.py --ckpt_path {last}"
         hint = hint if last.exists() else "before the first checkpoint"
         print(f"{what}; {hint}", file=sys.stderr if status == 1 else sys.stdout)
@@ -211,6 +264,13 @@ class RunCLI(LightningCLI):
             )[0]
         except (FloatingPointError, InputOutsideDomain) as error:
             sys.exit(f"error: {error}")
+
+    def audit(self) -> Audit:
+        """What :func:`flows.diagnostics.audit` says of the checkpoint on the test split."""
+        self.datamodule.setup("test")
+        inputs, *context = (tensor[:AUDITED] for tensor in self.datamodule.splits["test"])
+        flow = load(self.resumed_from, self.model.flow)
+        return audit(precise(flow), inputs, *context)
 
 
 @contextmanager
@@ -244,10 +304,10 @@ def _asks_for_help(args: list[str]) -> bool:
     return any(arg in ("-h", "--help", "--print_config") for arg in args)
 
 
-def _named_files(args: list[str]) -> tuple[str | None, str | None]:
-    """The values of --ckpt_path and --config, needed before the rest can be parsed."""
+def _named_files(args: list[str]) -> tuple[str | None, list[str]]:
+    """The values of --ckpt_path and of every --config, needed before the rest can be parsed."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--ckpt_path")
-    parser.add_argument("-c", "--config")
+    parser.add_argument("-c", "--config", action="append", default=[])
     known, _ = parser.parse_known_args(args)
     return known.ckpt_path, known.config

@@ -17,6 +17,7 @@ from flows.training.guard import guarded_log_prob, non_finite_gradient
 from flows.training.inversion import InversionError, reversible_chains
 from flows.training.recenter import Recenter, recentered_layers
 from flows.training.stopping import Patience
+from flows.training.totals import Totals
 
 __all__ = ["DensityEstimator"]
 
@@ -93,7 +94,8 @@ class DensityEstimator(LightningModule):
         # builds the flow anew.
         self.flow_config: dict[str, Any] | None = None
         self._initialized = False
-        self._kl_values: list[Tensor] = []
+        self._totals = {split: Totals() for split in ("train", "val", "test")}
+        self._diverged: str | None = None
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return self.flow(inputs, context)
@@ -112,28 +114,32 @@ class DensityEstimator(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer.datamodule is not None and not self._initialized:
             self.initialize(self.trainer.datamodule)
+        # Lightning (2.6) would load a checkpoint first and round its float64 to float32.
+        self.trainer.precision_plugin.convert_module(self)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         what = f"training diverged in epoch {self.current_epoch}, step {self.global_step}"
-        log_prob = guarded_log_prob(self.flow, batch, what)
+        log_prob = self._guarded_log_prob(batch, what)
         nll = -log_prob.mean()
-        rows = len(log_prob)
-        self.log("train/nll", nll, on_step=False, on_epoch=True, batch_size=rows)
+        self._totals["train"].add("nll", -log_prob)
         name, value = "nll", nll.detach()
         if self._grey_levels:
             name, value = "bits/dim", self._bits(log_prob.detach(), batch[0]).mean()
-        self.log(name, value, prog_bar=True, logger=False, batch_size=rows)
+        self.log(name, value, prog_bar=True, logger=False, batch_size=len(log_prob))
         return nll
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # In float16 a scaler finds such gradients itself and leaves the step out.
         if self.trainer.precision == "16-mixed":
+            if self._diverged:
+                raise FloatingPointError(self._diverged)
             return
         name = non_finite_gradient(self.flow)
         if name is not None:
             raise FloatingPointError(
-                f"training diverged in epoch {self.current_epoch}, step {self.global_step}: "
-                f"the loss is finite, but the gradient of {name} is not; "
+                self._diverged
+                or f"training diverged in epoch {self.current_epoch}, step {self.global_step}: "
+                f"the loss is finite{self._here}, but the gradient of {name} is not; "
                 "lower model.lr."
             )
 
@@ -143,27 +149,60 @@ class DensityEstimator(LightningModule):
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._evaluate("test", batch)
 
-    def on_test_epoch_end(self) -> None:
-        if self._kl_values:
-            values = torch.cat(self._kl_values)
-            self._kl_values.clear()
-            self.log("test/kl_error", values.std() / math.sqrt(len(values)))
-
     def _evaluate(self, split: str, batch: tuple[Tensor, ...]) -> None:
-        inputs = batch[0]
-        what = f"{split}/nll is not finite after epoch {self.current_epoch}"
-        log_prob = guarded_log_prob(self.flow, batch, what)
-        metrics = {"nll": -log_prob}
+        inputs, totals = batch[0], self._totals[split]
+        log_prob = self._guarded_log_prob(batch, self._not_finite(split))
+        totals.add("nll", -log_prob)
         density = getattr(self.trainer.datamodule, "density", None)
         if density is not None:
-            metrics["kl"] = density.log_prob(inputs) - log_prob
-            if split == "test":
-                self._kl_values.append(metrics["kl"])
+            totals.add("kl", density.log_prob(inputs) - log_prob)
         if self._grey_levels:
-            metrics["bits_per_dim"] = self._bits(log_prob, inputs)
-        for name, values in metrics.items():
-            shown = split == "val" and name == list(metrics)[-1]
-            self.log(f"{split}/{name}", values.mean(), prog_bar=shown, batch_size=len(inputs))
+            totals.add("bits_per_dim", self._bits(log_prob, inputs))
+
+    def on_train_epoch_start(self) -> None:
+        # Not called where a run goes on within an epoch.
+        self._totals["train"] = Totals()
+
+    def on_train_epoch_end(self) -> None:
+        self._report("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        totals = self._totals[split].over_processes(self.trainer.strategy)
+        if split != "train":
+            self._totals[split] = Totals()
+        for name, (rows, total, squares) in totals.items():
+            mean = total / rows
+            if not mean.isfinite():
+                message = f"{self._not_finite(split)}: {name} is {mean.item()}{self._here}"
+                raise FloatingPointError(self._diverged or message)
+            shown = split == "val" and name == list(totals)[-1]
+            self.log(f"{split}/{name}", mean, prog_bar=shown, batch_size=1, sync_dist=True)
+            if (split, name) == ("test", "kl") and rows > 1:
+                variance = (squares - total * mean).clamp_min(0) / (rows - 1)
+                self.log("test/kl_error", (variance / rows).sqrt(), batch_size=1, sync_dist=True)
+
+    def _guarded_log_prob(self, batch: tuple[Tensor, ...], what: str) -> Tensor:
+        try:
+            return guarded_log_prob(self.flow, batch, what)
+        except FloatingPointError as error:
+            if self.trainer.world_size == 1:
+                raise
+            # The other processes wait for this one: they all end at its NaN.
+            self._diverged = f"process {self.global_rank}: {error}"
+            return self.flow(*batch) * math.nan
+
+    def _not_finite(self, split: str) -> str:
+        return f"{split}/nll is not finite after epoch {self.current_epoch}"
+
+    @property
+    def _here(self) -> str:
+        return "" if self.trainer.world_size == 1 else f" in process {self.global_rank}"
 
     @property
     def _grey_levels(self) -> int | None:
@@ -227,3 +266,12 @@ class DensityEstimator(LightningModule):
         checkpoint["flow_config"] = self.flow_config
         # Samples of a table bear its names.
         checkpoint["columns"] = getattr(self.trainer.datamodule, "columns", None)
+        totals = self._totals["train"].over_processes(self.trainer.strategy)
+        checkpoint["train_totals"] = {name: sums.cpu() for name, sums in totals.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Of a mean over an epoch that a run goes on with, the first process keeps what was; the
+        # others know of it, for all must ask for the sum of the same totals.
+        here = float(self.trainer.is_global_zero)
+        for name, sums in checkpoint.get("train_totals", {}).items():
+            self._totals["train"].sums[name] = here * sums.to(self.device)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from flows.flow import read_checkpoint
+from flows.checkpoint import read_checkpoint
 
-__all__ = ["check_architecture", "check_data", "check_resumable", "checkpoint_at"]
+__all__ = ["barely_begun", "check_architecture", "check_data", "check_resumable", "checkpoint_at"]
 
 
 def checkpoint_at(path: Path, *, resume: bool) -> Path:
@@ -14,6 +14,13 @@ def checkpoint_at(path: Path, *, resume: bool) -> Path:
     if path.is_dir():
         return path / ("last.ckpt" if resume else "best.ckpt")
     return path
+
+
+def barely_begun(folder: Path) -> bool:
+    """Whether a run folder is that of a run killed before its first checkpoint was whole."""
+    table = folder / "metrics.csv"
+    epochs = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+    return epochs <= 1 and not any((folder / n).exists() for n in ("last.ckpt", "summary.json"))
 
 
 def check_architecture(path: Path, expected: dict[str, Any]) -> None:
@@ -48,7 +55,10 @@ def check_resumable(path: Path, *, max_epochs: int, ema_decay: float) -> None:
     if missing:
         names = ", ".join(sorted(missing))
         raise ValueError(f"{path} cannot be resumed: it lacks {names}.")
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    try:
+        epochs = int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be resumed: its loops lack {error}.") from None
     if 0 <= max_epochs < epochs:
         raise ValueError(
             f"{path} has {epochs} epochs behind it: expected at least as many for "
@@ -62,7 +72,7 @@ def check_resumable(path: Path, *, max_epochs: int, ema_decay: float) -> None:
 
 
 def _short(config: dict[str, Any] | None) -> str:
-    if config is None:
-        return "nothing"
+    if not isinstance(config, dict) or "class_path" not in config:
+        return "nothing" if config is None else repr(config)[:80]
     arguments = ", ".join(f"{k}={v!r}" for k, v in (config.get("init_args") or {}).items())
     return f"{config['class_path'].rpartition('.')[2]}({arguments})"

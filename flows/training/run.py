@@ -19,7 +19,7 @@ from flows.training.module import DensityEstimator
 from flows.training.sampling import precise
 from flows.training.stopping import Patience
 
-__all__ = ["finish", "new_folder"]
+__all__ = ["finish", "new_folder", "write_summary"]
 
 # Images in a picture of samples: so many beside one another, for so many classes.
 COLUMNS, ROWS = 8, 16
@@ -45,19 +45,23 @@ def finish(
 ) -> dict[str, Any]:
     """Test the best checkpoint, draw the pictures and, last of all, write summary.json.
 
+    All processes test together; the first one draws and writes.
+
     Returns:
         The summary. A folder without summary.json is a run that did not finish.
     """
     recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
     checkpoint = folder / "best.ckpt"
-    if not checkpoint.exists():
+    if not trainer.strategy.broadcast(checkpoint.exists()):
         # Nothing was validated: the weights as they are.
         checkpoint = folder / "last.ckpt"
         trainer.save_checkpoint(checkpoint)
-    seconds, stopped_by = recorder.seconds, _stopped_by(trainer)
+    done = {"stopped_by": _stopped_by(trainer), "wall_seconds": recorder.seconds}
     results = trainer.test(
         model, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False
     )[0]
+    if not trainer.is_global_zero:
+        return results
     if recorder.rows:
         plots.save(plots.history(recorder.rows), folder / "history.png")
     flow = precise(model.flow.eval())
@@ -65,14 +69,38 @@ def finish(
     name, picture = _picture(flow, data)
     if picture is not None:
         plots.save(picture, folder / f"{name}.png")
+    return write_summary(
+        folder,
+        trainer,
+        model,
+        results | done,
+        experiment=experiment,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+
+
+def write_summary(
+    folder: Path,
+    trainer: Trainer,
+    model: DensityEstimator,
+    results: dict[str, Any],
+    *,
+    experiment: str,
+    seed: int | None,
+    checkpoint: Path,
+) -> dict[str, Any]:
+    """Write what came out, and what of, to ``folder/summary.json``; returns it."""
+    recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
     summary = {
         "experiment": experiment,
+        "interrupted": False,
         **results,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "stopped_by": stopped_by,
-        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
-        "wall_seconds": round(seconds, 1),
+        "parameters": sum(parameter.numel() for parameter in model.flow.parameters()),
+        "wall_seconds": round(results.get("wall_seconds", recorder.seconds), 1),
+        "processes": trainer.world_size,
         "seed": seed,
         "checkpoint": str(checkpoint),
         "versions": {

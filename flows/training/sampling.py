@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from flows import plots
+from flows.checkpoint import find_checkpoint, read_checkpoint
 from flows.checks import check_at_least
-from flows.flow import find_checkpoint, load, read_checkpoint
+from flows.flow import load
 from flows.nets import StandardizedContext
 from flows.transforms import Standardize
 
@@ -84,7 +85,7 @@ def write_samples(
             fmt = "%.9g" if samples.dtype == torch.float32 else "%.17g"
             with open(output, "w", encoding="utf-8", newline="") as file:
                 columns = read_checkpoint(find_checkpoint(path)).get("columns")
-                if columns is not None:
+                if isinstance(columns, list | tuple):
                     csv.writer(file).writerow(columns)
                 np.savetxt(file, flat.flatten(1).numpy(), delimiter=",", fmt=fmt)
         case ".png" if drawable:
@@ -117,14 +118,18 @@ def read_context(path: str | Path) -> Tensor:
     try:
         match path.suffix.lower():
             case ".npy":
-                table = np.load(path, allow_pickle=False)
+                # On disk, where a header that claims too much costs no memory.
+                table = np.load(path, allow_pickle=False, mmap_mode="r")
             case ".csv":
                 table = _read_csv(path)
             case _:
                 raise ValueError("the name must end in .npy or .csv")
-        context = torch.from_numpy(np.asarray(table, dtype=np.float64))
-    except (ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"{path} is no table of numbers: {error}.") from None
+        context = torch.from_numpy(np.array(table, dtype=np.float64))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header is Python code to numpy's reader
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no table of numbers: {reason}.") from None
     if context.ndim != 2 or not len(context) or not context.isfinite().all():
         raise ValueError(
             f"{path} must hold finite numbers in rows and columns, got shape "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.checks import check_at_least
-from flows.transforms.base import Transform, check_features, mean_and_deviation
+from flows.transforms.base import Transform, any_rows, check_features, mean_and_deviation
 
 __all__ = ["ActNorm"]
 
@@ -15,7 +15,8 @@ class ActNorm(Transform):
     The first training-mode ``forward`` sets s and t so that its outputs have mean 0 and
     standard deviation 1 per feature (per channel for images); a feature that is constant
     there keeps its scale. The flag ``initialized`` is a buffer, so a loaded layer does not
-    start over.
+    start over. Where several processes train together, the first batch is that of all, and
+    all must take part.
 
     Args:
         features: Size of axis 1: features of vectors, channels of images.
@@ -57,7 +58,7 @@ class ActNorm(Transform):
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
-        if len(inputs) == 0:
+        if not any_rows(inputs):
             return
         mean, deviation = mean_and_deviation(inputs)
         self.log_scale.copy_(-deviation.log())

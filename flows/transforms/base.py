@@ -10,6 +10,7 @@ it. It pays where the way back and the way forth share work. Without it a chain 
 """
 
 import torch
+import torch.distributed as dist
 from nflows.transforms.base import InputOutsideDomain, InverseNotAvailable, Transform
 from torch import Tensor
 
@@ -17,6 +18,7 @@ __all__ = [
     "InputOutsideDomain",
     "InverseNotAvailable",
     "Transform",
+    "any_rows",
     "bounded",
     "check_features",
     "check_unit_interval",
@@ -24,6 +26,7 @@ __all__ = [
     "mean_and_deviation",
     "preserves_volume",
     "sum_features",
+    "sum_over_processes",
 ]
 
 
@@ -62,18 +65,36 @@ def bounded(values: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(values / bound)
 
 
+def any_rows(inputs: Tensor) -> bool:
+    """Whether there are rows in the batch, or in that of another process."""
+    return bool(sum_over_processes(inputs.new_tensor(len(inputs), dtype=torch.int64)))
+
+
 def mean_and_deviation(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Statistics of each feature on axis 1 of a first batch, in float64; shape (features,).
 
-    The deviation of a constant feature is 1, so that dividing by it keeps the scale.
+    The deviation of a constant feature is 1, so that dividing by it keeps the scale. Where
+    several processes train together, the batch is that of all, and all must take part.
     """
     columns = inputs.movedim(1, 0).flatten(1).double()
-    mean, deviation = columns.mean(1), columns.std(1, correction=0)
+    count = columns.new_tensor([columns.shape[1]])
+    sums = sum_over_processes(torch.cat((columns.sum(1), count)))
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    squares = sum_over_processes((columns - mean[:, None]).square().sum(1))
+    deviation = (squares / count).sqrt()
     if not (mean.isfinite().all() and deviation.isfinite().all()):
         raise ValueError("the first batch must be finite, got NaN or infinity.")
     # A constant feature deviates by no more than rounding, integers not at all.
     eps = torch.finfo(inputs.dtype).eps if inputs.is_floating_point() else 0.0
     return mean, torch.where(deviation > 8 * eps * mean.abs(), deviation, 1.0)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of tensors of one shape, one in each of the processes that train together."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
 
 
 def sum_features(values: Tensor) -> Tensor:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from flows.checks import check_at_least, check_positive
-from flows.transforms.base import Transform, check_unit_interval, sum_features
+from flows.transforms.base import (
+    Transform,
+    any_rows,
+    check_unit_interval,
+    sum_features,
+    sum_over_processes,
+)
 
 __all__ = ["EmpiricalCDF"]
 
@@ -93,12 +99,12 @@ class EmpiricalCDF(Transform):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        if len(x) == 0:
+        if not any_rows(x):
             return
         index = (x * self.bins).long().clamp_max(self.bins - 1)
         counts = torch.zeros_like(self.mass, dtype=torch.float64)
         counts.scatter_add_(1, index.mT, torch.ones_like(index.mT, dtype=torch.float64))
-        counts += self.smoothing
+        counts = sum_over_processes(counts) + self.smoothing
         self.mass.copy_(counts / counts.sum(1, keepdim=True))
         self.initialized.fill_(True)
 

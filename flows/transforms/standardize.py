@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flows.checks import check_at_least
-from flows.transforms.base import Transform, check_features, mean_and_deviation
+from flows.transforms.base import Transform, any_rows, check_features, mean_and_deviation
 
 __all__ = ["Standardize"]
 
@@ -63,7 +63,7 @@ class Standardize(Transform):
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
-        if len(inputs) == 0:
+        if not any_rows(inputs):
             return
         mean, deviation = mean_and_deviation(inputs)
         self.mean.copy_(mean.float())

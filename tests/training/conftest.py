@@ -13,7 +13,7 @@ from datasets.toy import TwoMoons
 from flows import ActNorm, Composite, Flow, Rotation, SplineCoupling
 from flows.distributions import Normal
 from flows.nets import MLP
-from flows.training import DensityEstimator, EpochSeed
+from flows.training import BatchSeed, DensityEstimator
 
 
 def small_flow() -> Flow:
@@ -53,7 +53,7 @@ def fit(tmp_path) -> Callable[..., tuple[pl.Trainer, DensityEstimator]]:
             num_sanity_val_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[EpochSeed(0), *callbacks, every_epoch],
+            callbacks=[BatchSeed(0), *callbacks, every_epoch],
         )
         data = TwoMoons(batch_size=32, batches_per_epoch=3, val_size=50, test_size=50)
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)

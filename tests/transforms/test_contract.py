@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import nflows.flows
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nflows.distributions import StandardNormal
 from nflows.transforms import (
     AffineCouplingTransform,
@@ -18,7 +20,7 @@ from nflows.transforms import (
     PointwiseAffineTransform,
 )
 from torch import Tensor, nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
@@ -695,3 +697,44 @@ def test_gradients_are_finite_far_out_and_at_the_edges(case, direction):
     (outputs.square().sum() - logabsdet.sum()).backward()
     for tensor in (outputs, logabsdet, *(leaf.grad for leaf in (inputs, *transform.parameters()))):
         assert tensor is not None and tensor.isfinite().all()
+
+
+@each_smooth_direction
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    exponents=st.lists(st.floats(-8, 6), max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_magnitude_of_any_row_goes_there_and_back(case, direction, exponents, dtype, seed):
+    torch.manual_seed(seed)
+    transform = build(case, dtype)
+    inputs, context = arguments(case, transform, direction, rows=len(exponents), dtype=dtype)
+    scale = torch.tensor([10.0**k for k in exponents], dtype=dtype)
+    scale = scale.view(-1, *[1] * (inputs.ndim - 1))
+    if (case.inputs(100) < 0).any():
+        inputs = case.noise(inputs * scale) if direction == "inverse" else inputs * scale
+    elif direction == "forward" and not case.stochastic:
+        inputs = (inputs * scale).clamp(0, 1)  # their domain, with its edges
+    outputs, logabsdet = apply(transform, direction, inputs, context)
+    assert outputs.dtype == logabsdet.dtype == dtype and logabsdet.shape == (len(exponents),)
+    assert outputs.isfinite().all() and logabsdet.isfinite().all()
+    if dtype == torch.float64:
+        back, undoing = apply(transform, OTHER[direction], outputs, context)
+        unit = inputs.flatten(1).abs().amax(1).clamp_min(1) if inputs.numel() else scale.flatten()
+        error = (back - inputs).flatten(1).abs().amax(1) if inputs.numel() else scale.flatten()
+        assert (error <= 1e-6 * unit).all()
+        torch.testing.assert_close(undoing, undone(case, logabsdet), atol=1e-6, rtol=1e-6)
+
+
+@each_smooth_direction
+def test_second_derivatives_match_finite_differences(case, direction):
+    transform = build(case)
+    if getattr(transform, "memory", "store") == "reversible":
+        return  # says that it has none
+    inputs, context = arguments(case, transform, direction, rows=2)
+
+    def results(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return apply(transform, direction, inputs, context)
+
+    assert gradgradcheck(results, (inputs.requires_grad_(),), fast_mode=True)
