@@ -22,9 +22,9 @@ from torch.nn.modules.module import (
 __all__ = ["build", "find_checkpoint", "read_checkpoint"]
 
 # What a flow may hold beside the weights in its file: buffers that are not saved, say.
-SPARE = 2**24
+SPARE = 2**22
 # Numbers that a module weighs beside its parameters and buffers.
-MODULE = 1000
+MODULE = 250
 # Settings that are sizes of nothing by themselves.
 LEVELS = "grey_levels"
 MOST_LEVELS = 2**16
@@ -222,7 +222,7 @@ def _check_sizes(config: Any, size: int) -> None:
             if abs(value) > most and name != "seed":
                 raise _too_large(f"{name} {value}", size)
             levels = max(levels, value) if name in (LEVELS, "bins") else levels
-    if max(products) * levels > size + 4 * SPARE:
+    if max(products) * levels > size + 16 * SPARE:
         raise _too_large(f"{max(products)} features of {levels} levels", size)
 
 

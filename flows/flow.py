@@ -128,8 +128,8 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
     """A trained flow in eval mode, from a run folder or a checkpoint; neither data nor Lightning.
 
     Models that are no :class:`Flow` but have its ``log_prob`` and ``sample`` come back, too.
-    A file from a stranger runs no code, builds only parts of this library, and takes no more
-    memory than a few times its own size.
+    A file from a stranger runs no code, builds only parts of this library, and takes little more
+    memory than its size and 300 MiB.
 
     Args:
         path: A run folder (its best checkpoint is taken, else its last) or a checkpoint.

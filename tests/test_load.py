@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -283,3 +284,99 @@ def test_loading_needs_no_lightning(tmp_path):
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "torch.Size([2, 3])\n[]\n"
+
+
+def archive(path: Path, data: bytes, name: str = "data.pkl", **options) -> Path:
+    """A pickle packed as torch packs them."""
+    with zipfile.ZipFile(path, "w", **options) as packed:
+        packed.writestr(f"archive/{name}", data)
+        packed.writestr("archive/byteorder", "little")
+        packed.writestr("archive/version", "3\n")
+    return path
+
+
+def holding(body: bytes) -> bytes:
+    """The pickle of {"state_dict": {}, "x": body}."""
+    return b"\x80\x02}(X\n\x00\x00\x00state_dict}X\x01\x00\x00\x00x" + body + b"u."
+
+
+LIST = b"]q\x01(" + b"K\x07" * 1000 + b"e"
+GREEDY = {
+    "bytearray": b"cbuiltins\nbytearray\nJ\x00\xca\x9a;\x85R",
+    "tensor": b"ctorch\nTensor\nJ\x00\xca\x9a;\x85R",
+    "sets": b"c__builtin__\nset\nq\x020](" + LIST + b"h\x02h\x01\x85R" * 1000 + b"e",
+    "ordered": b"ccollections\nOrderedDict\nq\x020](" + LIST + b"h\x02h\x01\x85R" * 1000 + b"e",
+    "text": b"c_codecs\nencode\nq\x020X\x04\x00\x00\x00abcdq\x01X\x06\x00\x00\x00utf-32\x86R",
+    "braces": b"](" + b"}" * 2_000_001 + b"e",
+}
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "DATA.PKL"])
+@pytest.mark.parametrize("body", GREEDY.values(), ids=GREEDY)
+def test_files_that_ask_for_memory_are_refused(tmp_path, body, name):
+    path = archive(tmp_path / "last.ckpt", holding(body), name)
+    with pytest.raises(ValueError, match="last.ckpt is not a readable .*(asks|calls|operations)"):
+        flows.load(path)
+
+
+def test_archives_that_two_readers_read_differently_are_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    archive(path, holding(b"K\x01"), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="its contents are compressed"):
+        flows.load(path)
+    good = archive(path, holding(b"K\x01")).read_bytes()
+    path.write_bytes(b"x" * 10 + good)
+    with pytest.raises(ValueError, match="its directory is not where it should be"):
+        flows.load(path)
+    path.write_bytes(good[:-2] + b"\x05\x00hello")
+    with pytest.raises(ValueError, match="does not end as an archive does"):
+        flows.load(path)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("archive/data.pkl", holding(b"K\x01"))
+        packed.writestr("archive/data.pkl", holding(b"K\x02"))
+    with pytest.raises(ValueError, match="two files of one name"):
+        flows.load(path)
+
+
+def test_tensors_that_are_larger_than_what_is_stored_are_refused(tmp_path):
+    wide = torch.zeros(1).expand(10**12)
+    path = written(tmp_path, checkpoint(trained(), state_dict={"flow.x": wide}))
+    with pytest.raises(ValueError, match=r"shape \(1000000000000,\) is stored in part only"):
+        flows.load(path)
+
+
+def nested(levels: int) -> list:
+    value = [1]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+DEEP: list = [1]
+for _ in range(200):
+    DEEP = [DEEP]
+RECIPE = "flows.recipes.RotationSplineFlow"
+IMAGES = {"shape": [1, 4, 4], "levels": 1, "steps": 1, "hidden_features": 4}
+
+
+@pytest.mark.parametrize(
+    ("class_path", "options"),
+    {
+        "features": ("flows.Rotation", {"features": 10**8}),
+        "hidden": (RECIPE, OPTIONS | {"hidden_features": 10**7}),
+        "layers": (RECIPE, OPTIONS | {"layers": 2000, "blocks": 2000}),
+        "levels": (
+            "flows.recipes.Glow",
+            IMAGES | {"grey_levels": 10**8, "marginals": "empirical"},
+        ),
+        "shape": ("flows.EmpiricalCDF", {"shape": [1000, 1000], "bins": 1000}),
+        "aliases": (RECIPE, OPTIONS | {"x": nested(12)}),
+        "depth": (RECIPE, OPTIONS | {"x": DEEP}),
+    }.values(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_flows_far_larger_than_their_file_are_not_built(tmp_path, class_path, options):
+    config = {"class_path": class_path, "init_args": options}
+    path = written(tmp_path, checkpoint(trained(), flow_config=config))
+    with pytest.raises(ValueError, match="does not belong to|too large or too deep"):
+        flows.load(path)

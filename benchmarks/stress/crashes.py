@@ -55,9 +55,7 @@ def killed_runs(folder: Path, *, kills: int, stops: int, epochs: int, seed: int 
         if process.wait(DEADLINE):
             raise RuntimeError(f"the last of the runs ended with status {process.returncode}.")
     # A kill may have left a folder that was empty as yet.
-    (one,), (other,) = (
-        [f.parent for f in root.glob("*/*/summary.json")] for root in (whole, killed)
-    )
+    (one,), (other,) = (list(root.glob("*/*/summary.json")) for root in (whole, killed))
     terminated = [s for s, number in zip(statuses, signals, strict=False) if number != 9]
     right_exits = all(status in (143, 0) for status in terminated)
     different = differences(one.parent, other.parent)
