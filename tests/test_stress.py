@@ -15,7 +15,7 @@ from flows.recipes import Glow
 
 
 def test_a_killed_run_ends_like_one_left_alone(tmp_path):
-    found = killed_runs(tmp_path, kills=1, stops=1, epochs=60)
+    found = killed_runs(tmp_path, kills=1, stops=1, epochs=30)
     assert not found["different"] and found["ok"], found
 
 

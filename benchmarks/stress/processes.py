@@ -23,7 +23,7 @@ SMALL = (
     "--data.init_args.test_size=2303",
 )
 # Epochs of which a signal meets the middle.
-LONG = "--data.init_args.batches_per_epoch=300"
+LONG = "--data.init_args.batches_per_epoch=150"
 
 
 def two_processes(folder: Path, *, epochs: int) -> dict:
