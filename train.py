@@ -8,10 +8,11 @@
   python train.py --ckpt_path runs/.../last.ckpt        resume a run
   python train.py --trainer.logger=WandbLogger          Weights & Biases as well
   python train.py test --ckpt_path runs/.../best.ckpt
-  python train.py audit --ckpt_path runs/.../best.ckpt  is the flow what it claims?
+  python train.py audit --ckpt_path runs/.../best.ckpt  check its claims
   python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8
 
-Without a subcommand it fits. Each has --help of its own; that of fit lists all keys.
+Without a subcommand it fits. Each has --help of its own; that of fit lists all
+keys.
 """
 
 import argparse

@@ -295,6 +295,8 @@ def _quiet() -> None:
     # The run folder holds its config before the first checkpoint; the second is Lightning's own.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+    # An epoch that max_steps cuts short is not validated: the best one stays what it was.
+    warnings.filterwarnings("ignore", ".*could not find the monitored key")
     # Lightning 2.6 still calls jsonargparse's old names.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("WANDB_MODE", "offline")

@@ -15,6 +15,7 @@ import torch
 
 import train
 from benchmarks.stress.crashes import differences
+from flows.training.callbacks import BestAndLast
 from flows.training.files import AtomicCheckpointIO, write_atomically
 
 ROOT = Path(train.__file__).parent
@@ -170,3 +171,55 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error")]
     assert "last.ckpt cannot be written" in line or "best.ckpt cannot be written" in line
     assert "before the first checkpoint" in line and "Traceback" not in process.stderr
+
+
+SHORT = [*LONG[:-3], "--data.init_args.batches_per_epoch=20", *LONG[-2:]]
+
+
+@pytest.mark.parametrize("step", [3, 5, 20, 27, 40, 49])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps=50", "--trainer.max_epochs=-1"],
+        ["--trainer.val_check_interval=5", "--trainer.max_epochs=3"],
+        ["--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=3"],
+        ["--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"],
+    ],
+    ids=lambda options: options[0].rpartition(".")[2],
+)
+def test_a_run_goes_on_from_any_step(short_runs, tmp_path, monkeypatch, capsys, options, step):
+    whole = short_runs(options)
+
+    usual = BestAndLast.on_train_batch_end
+
+    def signalled(self, trainer, *arguments) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == step - 1:
+            self._signal = signal.SIGTERM
+        usual(self, trainer, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(BestAndLast, "on_train_batch_end", signalled)
+        train.main([*SHORT, *options, f"--trainer.default_root_dir={tmp_path}"])
+    assert exit.value.code == 143
+    (folder,) = tmp_path.glob("*/*")
+    train.main(["--ckpt_path", str(folder)])
+    assert not differences(whole, folder)
+    ends = [json.loads((f / "summary.json").read_text()) for f in (whole, folder)]
+    for key in ("test/nll", "epochs", "steps", "stopped_by"):
+        assert ends[0][key] == ends[1][key], key
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory):
+    """Runs that nobody stops, one for each choice of options."""
+    runs = {}
+
+    def run(options: list[str]) -> Path:
+        key = tuple(options)
+        if key not in runs:
+            root = tmp_path_factory.mktemp("short")
+            train.main([*SHORT, *options, f"--trainer.default_root_dir={root}"])
+            (runs[key],) = root.glob("*/*")
+        return runs[key]
+
+    return run
