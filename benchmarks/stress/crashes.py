@@ -117,6 +117,9 @@ def differences(one: Path, other: Path) -> list[str]:
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "parameter_average", "epoch"):
         if not _same(*(end.get(key) for end in ends)):
             found.append(key)
+    bests = [torch.load(f / "best.ckpt", weights_only=True) for f in (one, other)]
+    if not _same(bests[0]["state_dict"], bests[1]["state_dict"]):
+        found.append("best.ckpt")
     tables = []
     for folder in (one, other):
         with open(folder / "metrics.csv") as file:
