@@ -70,6 +70,7 @@ def stopped_processes(folder: Path, *, epochs: int) -> dict:
     limit = time.monotonic() + DEADLINE
     while not list(root.glob("*/*/metrics.csv")) and time.monotonic() < limit:
         time.sleep(0.01)
+    time.sleep(0.3)  # into the second epoch
     process.terminate()
     status = process.wait(DEADLINE)
     (run,) = root.glob("*/*")
