@@ -5,6 +5,7 @@ python -m benchmarks.stress --parts crashes --kills 3
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def main() -> None:
     for part in given.parts:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            for row in PARTS[part](given, Path(folder)):
+            for row in _until_an_error(PARTS[part](given, Path(folder))):
                 now = time.perf_counter()
                 rows.append({"part": part, **row, "seconds": now - start})
                 progress(f"{part}: {row['what']}, {now - start:.0f} s")
@@ -73,6 +74,22 @@ def main() -> None:
     path = write_json("stress", rows, device="cpu", path=given.output)
     show_stress(rows)
     print(path)
+    sys.exit(0 if all(row["ok"] for row in rows) else 1)
+
+
+def _until_an_error(rows: Iterator[dict]) -> Iterator[dict]:
+    """The rows of a part; an error is one that breaks its promise, and the other parts go on."""
+    try:
+        yield from rows
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        yield {
+            "what": "what came next",
+            "result": "error",
+            "asked": "",
+            "ok": False,
+            "wrong": [words],
+        }
 
 
 if __name__ == "__main__":

@@ -378,3 +378,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(copy, capsys):
     )
     assert "layers=3" in printed and "layers=2" in printed
     assert contents(copy) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+def test_mixed_precision_clips_gradients(tmp_path):
+    options = ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=1.0"]
+    folder = fit(tmp_path, *SMALL, *options, "--trainer.max_epochs=1")
+    assert json.loads((folder / "summary.json").read_text())["test/kl"] > 0
