@@ -266,12 +266,11 @@ class DensityEstimator(LightningModule):
         checkpoint["flow_config"] = self.flow_config
         # Samples of a table bear its names.
         checkpoint["columns"] = getattr(self.trainer.datamodule, "columns", None)
-        totals = self._totals["train"].over_processes(self.trainer.strategy)
+        totals = self._totals["train"].of_processes(self.trainer.strategy)
         checkpoint["train_totals"] = {name: sums.cpu() for name, sums in totals.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Of a mean over an epoch that a run goes on with, the first process keeps what was; the
-        # others know of it, for all must ask for the sum of the same totals.
-        here = float(self.trainer.is_global_zero)
+        # Of a mean over an epoch that a run goes on with. All processes must know its names.
         for name, sums in checkpoint.get("train_totals", {}).items():
-            self._totals["train"].sums[name] = here * sums.to(self.device)
+            here = sums[self.global_rank] if self.global_rank < len(sums) else 0 * sums[0]
+            self._totals["train"].sums[name] = here.to(self.device)

@@ -24,6 +24,14 @@ class Totals:
         sums = torch.stack((values.new_tensor(len(values)), values.sum(), values.square().sum()))
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
+    def of_processes(self, strategy: Strategy) -> dict[str, Tensor]:
+        """The sums of each process, shape (processes, 3), for which all must ask."""
+        if not self.sums:
+            return {}
+        sums = strategy.all_gather(torch.stack(list(self.sums.values())))
+        sums = sums.view(-1, len(self.sums), 3).unbind(1)
+        return dict(zip(self.sums, sums, strict=True))
+
     def over_processes(self, strategy: Strategy) -> dict[str, Tensor]:
         """The sums over all processes, which must all ask for them."""
         if not self.sums:
