@@ -173,13 +173,17 @@ def _has_noise(flow: nn.Module) -> bool:
 def _finite(flow: nn.Module, inputs: Tensor, context: Tensor | None) -> Finding:
     rows = min(len(inputs), 256)
     given = None if context is None else context[:rows]
-    log_prob = flow.log_prob(inputs, context)
-    samples = flow.sample(rows) if given is None else flow.sample(1, given)[:, 0]
-    found = flow.log_prob(samples.to(inputs.dtype), given)
-    good = torch.cat((log_prob, found)).isfinite()
-    good[len(inputs) :] &= samples.flatten(1).isfinite().all(1)
+    good = flow.log_prob(inputs, context).isfinite()
+    words = f"log_prob of {len(inputs)} inputs"
+    try:
+        samples = flow.sample(rows) if given is None else flow.sample(1, given)[:, 0]
+    except InverseNotAvailable:
+        words += "; without an inverse there are no samples"
+    else:
+        found = flow.log_prob(samples.to(inputs.dtype), given).isfinite()
+        good = torch.cat((good, found & samples.flatten(1).isfinite().all(1)))
+        words += f", and {rows} samples with theirs"
     bad = int((~good).sum())
-    words = f"log_prob of {len(inputs)} inputs, and {rows} samples with theirs"
     if bad:
         words += f": {bad} are not finite"
     return Finding("finite", bad / len(good), 0.0, words)
@@ -190,7 +194,7 @@ def _inverse(layers: list[Transform], x: Tensor, context: Tensor | None, bound: 
     z, _ = chain(x, context)
     try:
         back, _ = chain.inverse(z, context)
-    except (InverseNotAvailable, NotImplementedError):
+    except InverseNotAvailable:
         return Finding("inverse", None, bound, "a layer has none")
     error = _relative(back, x)
     words = f"{len(x)} inputs to noise and back"
@@ -301,7 +305,11 @@ def _off_orthogonal(matrix: Tensor) -> float:
 def _integral(flow: Flow, inputs: Tensor, context: Tensor | None) -> Finding:
     """By the trapezoidal rule over a box around all samples, on two grids."""
     given = None if context is None else context[:1]
-    samples = flow.sample(10_000, given).reshape(-1, 2).to(inputs)
+    try:
+        samples = flow.sample(10_000, given).reshape(-1, 2).to(inputs)
+    except InverseNotAvailable:
+        words = "not measured: samples, of which there are none, say where to look"
+        return Finding("integral", None, INTEGRAL, words)
     low, high = samples.min(0).values, samples.max(0).values
     margin = 0.5 * (high - low)
     x, y = (

@@ -20,7 +20,7 @@ from flows.diagnostics import audit
 from flows.distributions import Normal
 from flows.nets import MLP
 from flows.recipes import Glow, RotationSplineFlow, SylvesterVAE
-from flows.transforms.base import Transform
+from flows.transforms.base import InverseNotAvailable, Transform
 
 SMALL = {"layers": 2, "hidden_features": 8, "blocks": 0, "bins": 4}
 
@@ -136,6 +136,16 @@ def test_a_fault_is_found_and_named(fault, seen):
     )
     if fault == "inverse":
         assert "layer 1, Faulty" in found["inverse"].words
+
+
+def test_a_layer_without_an_inverse_is_said_to_have_none():
+    class OneWay(Faulty):
+        def inverse(self, inputs: Tensor, context: Tensor | None = None) -> None:
+            raise InverseNotAvailable
+
+    found = audit(with_layer(OneWay("none")), torch.randn(50, 2))
+    assert found.ok and found["inverse"].ok is None and found["integral"].ok is None
+    assert "a layer has none" in str(found) and found["log-det"].value < 1e-9
 
 
 def test_a_rotation_that_is_none_is_found():

@@ -76,15 +76,7 @@ def stopped_processes(folder: Path, *, epochs: int) -> dict:
     status = process.wait(DEADLINE)
     (run,) = root.glob("*/*")
     stopped = json.loads((run / "summary.json").read_text())
-    command = [*RUN, "--ckpt_path", str(run)]
-    subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        check=True,
-        timeout=DEADLINE,
-    )
+    _finish("--ckpt_path", str(run))
     different = differences(run, _train(folder / "left_alone", epochs, BATCH, *options))
     return {
         "what": f"SIGTERM to two processes after {stopped['steps']} steps, resumed",
@@ -132,17 +124,20 @@ def _metrics(run: Path) -> list[dict]:
 
 
 def _train(root: Path, epochs: int, batch_size: int, *options: str) -> Path:
-    command = [*RUN, *_options(root, epochs, batch_size, *options)]
+    _finish(*_options(root, epochs, batch_size, *options))
+    (run,) = root.glob("*/*")
+    return run
+
+
+def _finish(*options: str) -> None:
     subprocess.run(
-        command,
+        [*RUN, *options],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
         check=True,
         timeout=DEADLINE,
     )
-    (run,) = root.glob("*/*")
-    return run
 
 
 def _options(root: Path, epochs: int, batch_size: int, *options: str) -> list[str]:
