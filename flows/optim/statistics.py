@@ -1,0 +1,74 @@
+r"""Sums over per-sample gradients :math:`G_b = \sum_t g_{bt} a_{bt}^T` of a layer's matrix."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from flows.optim.layers import BUDGET, MatrixLayer
+
+__all__ = ["gram_of_inputs", "per_sample", "second_moment"]
+
+
+def second_moment(
+    layer: MatrixLayer, inputs: list[Tensor], gradients: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    r"""Sums over a batch of :math:`G_b G_b^T`, (o, o), and of :math:`G_b`, (o, columns).
+
+    :math:`G_b G_b^T = g_b^T (a_b a_b^T) g_b` needs the positions' inner products, or the
+    :math:`G_b` themselves where those are fewer; either for a few samples at a time, so that
+    memory does not grow with the batch. A layer that is called once per sample needs neither:
+    there the sum is :math:`\sum_b |a_b|^2 g_b g_b^T`.
+
+    Args:
+        layer: The layer.
+        inputs: Of its calls in one pass.
+        gradients: Of the outputs of these calls.
+    """
+    positions = layer.positions(gradients)
+    rows, columns = layer.rows, layer.columns
+    whole = layer.mask is not None or positions**2 > rows * columns
+    moment = total = 0.0
+    per_position = rows + columns
+    if whole:
+        size = rows * columns + positions * per_position
+    else:
+        size = positions * (positions + 2 * per_position)
+    for a, g in layer.parts(inputs, gradients, max(1, BUDGET // size)):
+        if whole:
+            matrices = _matrices(layer, a, g)
+            total = total + matrices.sum(0)
+            flat = matrices.transpose(0, 1).flatten(1)
+            moment = moment + flat @ flat.mT
+            continue
+        flat = g.flatten(0, 1)
+        total = total + flat.mT @ a.flatten(0, 1)
+        if positions == 1:
+            weighted = a.square().sum(-1, keepdim=True) * g
+        else:
+            weighted = (a @ a.mT) @ g
+        moment = moment + flat.mT @ weighted.flatten(0, 1)
+    return moment, total
+
+
+def per_sample(
+    layer: MatrixLayer, inputs: list[Tensor], gradients: list[Tensor]
+) -> Iterator[Tensor]:
+    """The :math:`G_b` of a few samples at a time, (samples, o, columns)."""
+    size = layer.rows * layer.columns + layer.positions(gradients) * (layer.rows + layer.columns)
+    for a, g in layer.parts(inputs, gradients, max(1, BUDGET // size)):
+        yield _matrices(layer, a, g)
+
+
+def gram_of_inputs(layer: MatrixLayer, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    r"""Sum of :math:`a_{bt} a_{bt}^T` over a batch and its positions, (columns, columns)."""
+    gram = 0.0
+    size = layer.positions(gradients) * (layer.rows + layer.columns)
+    for a, _ in layer.parts(inputs, gradients, max(1, BUDGET // size)):
+        flat = a.flatten(0, 1)
+        gram = gram + flat.mT @ flat
+    return gram
+
+
+def _matrices(layer: MatrixLayer, a: Tensor, g: Tensor) -> Tensor:
+    matrices = g.mT @ a
+    return matrices if layer.mask is None else matrices * layer.mask.to(matrices.dtype)
