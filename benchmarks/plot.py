@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.report import IMAGES
 
-__all__ = ["draw", "draw_images", "draw_memory", "draw_toy_densities"]
+__all__ = ["draw", "draw_images", "draw_memory", "draw_optimizers", "draw_toy_densities"]
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours are the strong ones.
 LINES = {
@@ -33,6 +33,20 @@ MEMORY = {
     "store": ("#777777", "o"),
     "checkpoint": ("#0072B2", "s"),
     "reversible": ("#D55E00", "^"),
+}
+OPTIMIZERS = {
+    "AdamW": "#000000",
+    "Adam": "#777777",
+    "Muon": "#009E73",
+    "NG+": "#D55E00",
+    "SENG": "#0072B2",
+    "ProxProp": "#CC79A7",
+}
+SCORES = {
+    "two_moons": "two moons, KL in nats",
+    "checkerboard": "checkerboard, KL in nats",
+    "breast_cancer": "breast cancer, nats above the best",
+    "digits": "digits, bits per dimension",
 }
 
 
@@ -216,6 +230,63 @@ def draw_images(content: dict, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     panels[0][0].set_ylabel("validation bits/dim, lower is better")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_optimizers(content: dict, chosen: dict[tuple[str, str, str], dict], path: Path) -> None:
+    """A panel for each task: the validation score of each optimizer against the seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = [task for task in SCORES if any(key[0] == task for key in chosen)]
+    figure, grid = plt.subplots(
+        1,
+        len(tasks),
+        figsize=(4.2 * len(tasks), 4.2),
+        dpi=150,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, task in zip(grid[0], tasks, strict=True):
+        curves = {
+            name: chosen[task, "time", name]["curve"]
+            for name in OPTIMIZERS
+            if (task, "time", name) in chosen
+        }
+        lowest = min(loss for curve in curves.values() for _, loss in curve)
+        below = lowest - 0.1 if task == "breast_cancer" else 0.0
+        for name, curve in curves.items():
+            seconds, losses = zip(*curve, strict=True)
+            bold = name in ("NG+", "AdamW")
+            axes.plot(
+                seconds,
+                [loss - below for loss in losses],
+                color=OPTIMIZERS[name],
+                linewidth=2.6 if bold else 1.5,
+                label=name,
+                zorder=3 if bold else 2,
+            )
+        if task != "digits":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(lowest - 0.01, lowest + 0.35)
+        axes.set_title(SCORES[task], fontsize=12, loc="left")
+        axes.set_xlabel("seconds", fontsize=11)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel("validation score, lower is better", fontsize=11)
+    grid[0][-1].legend(frameon=False, fontsize=11)
+    figure.suptitle(
+        "Optimizers on our flows at equal wall time, median of "
+        f"{len({row['seed'] for row in content['rows']})} seeds, {content['device']}",
+        fontsize=12,
+        x=0.01,
+        ha="left",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.timing import progress
+from benchmarks import timing
 
 __all__ = ["race", "train"]
 
@@ -42,8 +43,10 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     validations: int = 20,
     clock: Callable[[], float] = time.perf_counter,
+    make_optimizer: Callable[[nn.Module], Any] | None = None,
+    steps: int | None = None,
 ) -> tuple[nn.Module, dict]:
-    """Maximize ``model.log_prob`` of the batches with AdamW for so many seconds.
+    """Maximize ``model.log_prob`` of the batches with AdamW for so many seconds, or steps.
 
     The learning rate rises for a part ``warmup`` of the time, then falls to zero as a cosine.
     One step of a copy comes first and does not count: it compiles and fills caches. Drawing the
@@ -64,6 +67,9 @@ def train(
         validations: Number of validations.
         clock: ``time.process_time`` counts the processor's time instead of wall time: for one
             thread on a machine that others use as well.
+        make_optimizer: What makes another optimizer of a model; each of its groups begins at the
+            peak of its learning rate, and ``lr`` and ``weight_decay`` do not count.
+        steps: Steps to take, however long they last; None to go by the clock.
 
     Returns:
         The trained model in eval mode, and what it took: steps, seconds of wall and of
@@ -77,7 +83,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
 
-    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    def make_adamw(model: nn.Module) -> torch.optim.Optimizer:
         matrices = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         groups = [
@@ -86,21 +92,27 @@ def train(
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
+    make_optimizer = make_optimizer or make_adamw
     model.train()
     spare = copy.deepcopy(model)
     step(spare, make_optimizer(spare), next(batches))
     optimizer = make_optimizer(model)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-    best, best_loss, curve, steps = None, math.inf, [], 0
+    best, best_loss, curve, done = None, math.inf, [], 0
     begin, start, processor = clock(), time.perf_counter(), time.process_time()
-    while (part := (clock() - begin) / seconds) < 1:
+
+    def progress() -> float:
+        return done / steps if steps else (clock() - begin) / seconds
+
+    while (part := progress()) < 1:
         rate = min(1.0, part / warmup) * 0.5 * (1 + math.cos(math.pi * part))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate
         step(model, optimizer, next(batches))
         if ema_decay:
             average.update_parameters(model)
-        steps += 1
+        done += 1
         if validate is not None and part * validations >= len(curve) + 1:
             result = _result(model, average, ema_decay)
             with torch.no_grad():
@@ -110,7 +122,7 @@ def train(
                 best, best_loss = copy.deepcopy(result), loss
             model.train()
     took = {
-        "steps": steps,
+        "steps": done,
         "wall_seconds": time.perf_counter() - start,
         "processor_seconds": time.process_time() - processor,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -171,7 +183,8 @@ def race(
         found = known[0] if known else row | run(row)
         with lock:
             done += 1
-            progress(f"{done} of {len(rows)}: {' '.join(str(value) for value in row.values())}")
+            values = " ".join(str(value) for value in row.values())
+            timing.progress(f"{done} of {len(rows)}: {values}")
             if not known:
                 with log.open("a") as file:
                     file.write(json.dumps(found) + "\n")
@@ -179,5 +192,5 @@ def race(
 
     with ThreadPoolExecutor(at_once) as pool:
         found = list(pool.map(look_up_or_run, rows))
-    progress("")
+    timing.progress("")
     return found

@@ -11,6 +11,8 @@ __all__ = [
     "show",
     "show_images",
     "show_memory",
+    "show_optimizer_cost",
+    "show_optimizers",
     "show_samples",
     "show_splines",
     "show_steps",
@@ -226,6 +228,58 @@ def show_images(rows: list[dict]) -> None:
         if "error" in row:
             text = f"left out: {row['model']}, {row['data']}: {row['error']}"
             console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_optimizers(
+    rows: list[dict], chosen: dict[tuple[str, str, str], dict], device: str
+) -> None:
+    """For each budget a table: a line for each task, a column for each optimizer.
+
+    Median over seeds of the score on the test split, with lowest and highest below.
+    """
+    console = _console()
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        table = _table(console, f"After equal {budget}, {device}; lower is better", ["", *names])
+        for task in dict.fromkeys(row["task"] for row in rows):
+            found = [chosen.get((task, budget, name)) for name in names]
+            scores = [row["test"] for row in found if row is not None]
+            if not scores:
+                continue
+            digits = 4 if abs(min(scores)) < 1 else 3
+            cells, spans = [], []
+            for name, row in zip(names, found, strict=True):
+                own = [
+                    other["test"]
+                    for other in rows
+                    if (other["task"], other["budget"], other["optimizer"]) == (task, budget, name)
+                    and "test" in other
+                ]
+                cells.append(EMPTY if row is None else f"{row['test']:.{digits}f}")
+                spans.append(
+                    "" if row is None else f"{min(own):.{digits}f}..{max(own):.{digits}f}"
+                )
+            first = next(row for row in found if row is not None)
+            spent = f"{first['seconds']:g} s" if budget == "time" else f"{first['steps']:,} steps"
+            table.add_row(task, *cells, style="bold")
+            table.add_row(f"  {spent}", *spans, style="dim")
+        console.print(table)
+    for row in rows:
+        if "error" in row:
+            text = (
+                f"left out: {row['optimizer']}, {row['task']}, seed {row['seed']}: {row['error']}"
+            )
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_optimizer_cost(rows: list[dict], device: str) -> None:
+    """A line for each optimizer."""
+    console = _console()
+    title = f"Training step of Glow on digits, {device}"
+    table = _table(console, title, ["", "ms", "over AdamW's"])
+    for row in rows:
+        table.add_row(row["optimizer"], _number(row["step_ms"]), f"{row['over_adamw']:.3f}")
+    console.print(table)
 
 
 def _left_out(console: Console, rows: list[dict], where: str) -> None:

@@ -29,6 +29,13 @@ class Pass:
     def samples(self) -> int:
         return len(self.inputs[0]) if self.inputs else 0
 
+    def divided_by(self, scale: float) -> "Pass":
+        """The pass of a loss that is so much smaller."""
+        if scale == 1.0:
+            return self
+        gradients = [gradient.float() / scale for gradient in self.gradients]
+        return Pass(self.inputs, gradients, self.gradient / scale)
+
 
 class Capture:
     """Hooks on layers in training mode, there between :meth:`start` and :meth:`stop` only.

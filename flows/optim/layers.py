@@ -72,10 +72,10 @@ class MatrixLayer:
         return self.matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """A matrix (o, columns) in the shapes of :attr:`parameters`."""
+        """A matrix (o, columns) in the shapes of :attr:`parameters`, each contiguous."""
         if self.bias is None:
-            return [matrix.view_as(self.weight)]
-        return [matrix[:, :-1].reshape(self.weight.shape), matrix[:, -1].contiguous()]
+            return [matrix.contiguous().view_as(self.weight)]
+        return [matrix[:, :-1].contiguous().view_as(self.weight), matrix[:, -1].contiguous()]
 
     def parts(
         self, inputs: list[Tensor], gradients: list[Tensor], size: int

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Pass
 from flows.optim.layers import MatrixLayer
-from flows.optim.preconditioned import Preconditioned
+from flows.optim.preconditioned import Preconditioned, refreshes
 from flows.optim.statistics import second_moment
 
 __all__ = ["NGPlus"]
@@ -48,7 +48,8 @@ class NGPlus(Preconditioned):
         refresh_every: Steps for which L is kept.
         statistic: ``"per_sample"``, or ``"mean_grad"`` for :math:`L = G G^T` of the step's own
             gradient, which needs no hooks.
-        adamw_lr: Learning rate of the other parameters.
+        adamw_lr: Learning rate of the other parameters; None for 1e-3, or for the ``lr`` of the
+            ``DensityEstimator`` that this optimizer is made for.
         adamw_betas: Betas of AdamW.
         adamw_eps: Epsilon of AdamW.
         adamw_weight_decay: Weight decay of the other parameters.
@@ -86,7 +87,7 @@ class NGPlus(Preconditioned):
         curvature_decay: float = 0.1,
         refresh_every: int = 100,
         statistic: Literal["per_sample", "mean_grad"] = "per_sample",
-        adamw_lr: float = 1e-3,
+        adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
@@ -136,11 +137,7 @@ class NGPlus(Preconditioned):
         return {name: moment for name, moment in found.items() if moment is not None}
 
     def _due(self, step: int) -> bool:
-        return self._per_sample and self._refreshes(step)
-
-    def _refreshes(self, step: int) -> bool:
-        every = self.param_groups[0]["refresh_every"]
-        return step % every == 0 or (step < every and step & (step - 1) == 0)
+        return self._per_sample and refreshes(step, self.param_groups[0]["refresh_every"])
 
     def _forget(self, layer: MatrixLayer) -> None:
         self._sums.pop(layer, None)
@@ -150,38 +147,28 @@ class NGPlus(Preconditioned):
         sums.add(layer, found, self._scale())
 
     def _refresh(self, layers: Sequence[MatrixLayer]) -> None:
-        if not self._refreshes(self.param_groups[0]["steps"]):
-            return
-        unseen = [layer.name for layer in layers if self._per_sample and not self._seen(layer)]
-        if unseen:
-            self._warn(
-                f"NG+ saw no call in training mode of {', '.join(unseen[:5])}, whose weights have "
-                "gradients: for these it takes the mean gradient instead of those of samples."
-            )
-        totals = self._totals([self._moment(layer) for layer in layers])
         group = self.param_groups[0]
+        if not refreshes(group["steps"], group["refresh_every"]):
+            return
+        if self._per_sample:
+            seen = [layer for layer, sums in self._sums.items() if sums.samples]
+            self._tell_unseen(layers, seen, "takes the mean gradient instead of those of samples")
+        totals = self._totals([self._moment(layer) for layer in layers])
         decay = group["curvature_decay"]
-        for layer, total in zip(layers, totals, strict=True):
-            moment = total / self._processes
+        for layer, moment in zip(layers, totals, strict=True):
             if not moment.isfinite().all():
-                self._warn(
-                    f"NG+ met gradients of samples of {layer.name} that are not finite at step "
-                    f"{group['steps']}: it keeps what it knew and goes on."
-                )
+                self._tell_non_finite(layer)
                 continue
-            state = self.state[layer.weight]
+            state, moment = self.state[layer.weight], moment / self._processes
             if "curvature" in state:
                 moment = decay * state["curvature"] + (1 - decay) * moment
             state["curvature"], state["damping"] = moment, group["damping"]
             self._inverses.pop(layer, None)
         self._sums.clear()
 
-    def _seen(self, layer: MatrixLayer) -> bool:
-        return layer in self._sums and self._sums[layer].samples > 0
-
     def _moment(self, layer: MatrixLayer) -> Tensor:
         """L of this step and process."""
-        if self._seen(layer):
+        if layer in self._sums and self._sums[layer].samples:
             return self._sums[layer].moment()
         gradient = layer.gradient()
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -202,7 +189,10 @@ class NGPlus(Preconditioned):
         if layer not in self._inverses and "curvature" in state:
             moment = state["curvature"]
             wide = moment if moment.device.type == "mps" else moment.double()
-            wide = wide + state["damping"] ** 0.5 * torch.eye(len(wide)).to(wide)
+            # As much as rounding may have taken from the smallest eigenvalues of a large L.
+            rounding = torch.finfo(moment.dtype).eps * wide.trace()
+            damping = state["damping"] ** 0.5 + rounding
+            wide = wide + damping * torch.eye(len(wide)).to(wide)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
             self._inverses[layer] = inverse.to(layer.weight.dtype)
         return self._inverses.get(layer)
@@ -242,4 +232,3 @@ class _Sums:
         moment = self.moments * (self.passes**2 / self.samples)
         cross = direct @ mean.mT
         return moment + cross + cross.mT + direct @ direct.mT
-

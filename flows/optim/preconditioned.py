@@ -1,8 +1,8 @@
-"""What the optimizers of this folder have in common: matrices preconditioned, the rest by AdamW."""
+"""What these optimizers have in common: matrices are preconditioned, the rest is left to AdamW."""
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Capture, Pass
 from flows.optim.layers import MatrixLayer, matrix_layers, param_groups_for
+from flows.optim.statistics import total
 
-__all__ = ["Preconditioned"]
+__all__ = ["Preconditioned", "refreshes"]
 
 
 class Preconditioned(Optimizer, ABC):
@@ -59,10 +60,11 @@ class Preconditioned(Optimizer, ABC):
                 f"{type(self).__name__} needs the model, an nn.Module, not its parameters: it "
                 f"observes layers; got {type(module).__name__}."
             )
+        #: Whether no rate was given for the other parameters.
+        self.default_adamw_lr = adamw["lr"] is None
+        adamw = {**adamw, "lr": 1e-3 if self.default_adamw_lr else adamw["lr"]}
         check_positive(lr=matrices["lr"], adamw_lr=adamw["lr"])
-        check_at_least(
-            0, momentum=matrices["momentum"], weight_decay=matrices["weight_decay"]
-        )
+        check_at_least(0, momentum=matrices["momentum"], weight_decay=matrices["weight_decay"])
         if not matrices["momentum"] < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {matrices['momentum']}.")
         if matrices["nesterov"] and not matrices["momentum"]:
@@ -179,11 +181,37 @@ class Preconditioned(Optimizer, ABC):
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
+    def _refuse_direct_terms(self, layer: MatrixLayer, found: Pass) -> None:
+        products = total(layer, found.inputs, found.gradients) if found.samples else 0.0
+        # Half precision rounds one of the two by a per cent.
+        if (found.gradient - products).norm() > 0.1 * found.gradient.norm():
+            raise ValueError(
+                f"{type(self).__name__} needs a loss that sees the weight of {layer.name} through "
+                "the layer's outputs only, in training mode; got a gradient that is not theirs "
+                f"alone: exclude {layer.name!r}."
+            )
+
+    def _tell_unseen(
+        self, layers: Sequence[MatrixLayer], seen: Container[MatrixLayer], instead: str
+    ) -> None:
+        unseen = [layer.name for layer in layers if layer not in seen]
+        if unseen:
+            self._warn(
+                f"{type(self).__name__} saw no call in training mode of {', '.join(unseen[:5])}, "
+                f"whose weights have gradients: it {instead}."
+            )
+
+    def _tell_non_finite(self, layer: MatrixLayer) -> None:
+        self._warn(
+            f"{type(self).__name__} met gradients of samples of {layer.name} that are not finite, "
+            f"at step {self.param_groups[0]['steps']}: it keeps what it knew and goes on."
+        )
+
     def _warn(self, message: str) -> None:
         """Said once."""
         if not self._warned:
             self._warned = True
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_capture"):
@@ -197,6 +225,11 @@ class Preconditioned(Optimizer, ABC):
         for layer in self.layers:
             self._forget(layer)
         self._arm()
+
+
+def refreshes(step: int, every: int) -> bool:
+    """Whether a step, 0, 1, ..., measures anew: 0, 1, 2, 4, 8, ... and every so many."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
 
 
 def _check_samples_apart(optimizer: Preconditioned, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Pass
 from flows.optim.layers import MatrixLayer
 from flows.optim.preconditioned import Preconditioned
-from flows.optim.statistics import gram_of_inputs, second_moment
+from flows.optim.statistics import gram_of_inputs
 
 __all__ = ["ProxProp"]
 
@@ -47,7 +47,8 @@ class ProxProp(Preconditioned):
         momentum: Of SGD, in [0, 1).
         nesterov: Nesterov's momentum.
         weight_decay: Decoupled weight decay of the matrices.
-        adamw_lr: Learning rate of the other parameters.
+        adamw_lr: Learning rate of the other parameters; None for 1e-3, or for the ``lr`` of the
+            ``DensityEstimator`` that this optimizer is made for.
         adamw_betas: Betas of AdamW, and of Adam where it follows.
         adamw_eps: Epsilon of both.
         adamw_weight_decay: Weight decay of the other parameters.
@@ -85,7 +86,7 @@ class ProxProp(Preconditioned):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        adamw_lr: float = 1e-3,
+        adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
@@ -137,32 +138,14 @@ class ProxProp(Preconditioned):
 
     def _observe(self, layer: MatrixLayer, found: Pass) -> None:
         if self.param_groups[0]["steps"] == 0:
-            self._check_direct(layer, found)
+            self._refuse_direct_terms(layer, found.divided_by(self._scale()))
         if found.samples:
             gram = gram_of_inputs(layer, found.inputs, found.gradients)
             self._grams[layer] = self._grams.get(layer, 0.0) + gram
             self._samples[layer] = self._samples.get(layer, 0) + found.samples
 
-    def _check_direct(self, layer: MatrixLayer, found: Pass) -> None:
-        total = 0.0
-        if found.samples:
-            total = second_moment(layer, found.inputs, found.gradients)[1]
-        direct = (found.gradient - total).norm()
-        # Half precision rounds one of the two by a per cent.
-        if direct > 0.1 * found.gradient.norm():
-            raise ValueError(
-                f"ProxProp needs a loss that sees the weight of {layer.name} through the layer's "
-                "outputs only, in training mode; got a gradient that is not theirs: exclude "
-                f"{layer.name!r}."
-            )
-
     def _refresh(self, layers: Sequence[MatrixLayer]) -> None:
-        unseen = [layer.name for layer in layers if layer not in self._grams]
-        if unseen:
-            self._warn(
-                f"ProxProp saw no call in training mode of {', '.join(unseen[:5])}, whose weights "
-                "have gradients: these it follows as they are."
-            )
+        self._tell_unseen(layers, self._grams, "follows their gradients as they are")
         for layer in layers:
             if layer not in self._grams:
                 self._grams[layer] = layer.weight.new_zeros(layer.columns, layer.columns)

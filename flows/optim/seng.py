@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Pass
 from flows.optim.layers import MatrixLayer
-from flows.optim.preconditioned import Preconditioned
+from flows.optim.preconditioned import Preconditioned, refreshes
 from flows.optim.statistics import per_sample
 
 __all__ = ["SENG"]
@@ -32,9 +32,9 @@ class SENG(Preconditioned):
     their number, which makes them unbiased.
 
     Refreshes, samples, accumulated passes and what is left to AdamW are as in
-    :class:`~flows.optim.NGPlus`, but a loss that sees a weight itself is not supported: its part
-    of the samples' gradients is missing in U. Between processes each has the U of its own
-    samples, and the directions are averaged at every step.
+    :class:`~flows.optim.NGPlus`, but a loss that sees a weight itself, and not only through the
+    outputs of the layer, is refused at the first step. Of several processes each has the U of
+    its own samples, and the directions are averaged at every step.
 
     Args:
         module: The model, for example a Flow; its layers are observed in training mode.
@@ -45,7 +45,8 @@ class SENG(Preconditioned):
         damping: :math:`\lambda`, in units of a squared gradient.
         refresh_every: Steps for which U is kept.
         sketch: Columns to estimate products over d from; None for all.
-        adamw_lr: Learning rate of the other parameters.
+        adamw_lr: Learning rate of the other parameters; None for 1e-3, or for the ``lr`` of the
+            ``DensityEstimator`` that this optimizer is made for.
         adamw_betas: Betas of AdamW.
         adamw_eps: Epsilon of AdamW.
         adamw_weight_decay: Weight decay of the other parameters.
@@ -56,7 +57,7 @@ class SENG(Preconditioned):
 
     Raises:
         ValueError: If an option is out of range, the module has no such layer, or samples
-            interact.
+            interact; at the first step, if the loss sees a weight itself.
 
     Reference:
         Yang et al. (2022), Sketch-Based Empirical Natural Gradient Methods for Deep Learning,
@@ -82,7 +83,7 @@ class SENG(Preconditioned):
         damping: float = 1.0,
         refresh_every: int = 100,
         sketch: int | None = None,
-        adamw_lr: float = 1e-3,
+        adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
@@ -122,3 +123,127 @@ class SENG(Preconditioned):
             scaler=scaler,
             process_group=process_group,
         )
+
+    def _due(self, step: int) -> bool:
+        return refreshes(step, self.param_groups[0]["refresh_every"])
+
+    def _forget(self, layer: MatrixLayer) -> None:
+        self._found.pop(layer, None)
+
+    def _observe(self, layer: MatrixLayer, found: Pass) -> None:
+        if self.param_groups[0]["steps"] == 0:
+            self._refuse_direct_terms(layer, found)
+        if found.samples:
+            self._found.setdefault(layer, []).append(found.divided_by(self._scale()))
+
+    def _refresh(self, layers: Sequence[MatrixLayer]) -> None:
+        group = self.param_groups[0]
+        if not self._due(group["steps"]):
+            return
+        self._tell_unseen(layers, self._found, "does not move them")
+        for layer in layers:
+            if layer not in self._found:
+                continue
+            state = {"damping": group["damping"], **self._rows(layer, self._found.pop(layer))}
+            gram = _samples(state, layer).gram()
+            if not gram.isfinite().all():
+                self._tell_non_finite(layer)
+                continue
+            self.state[layer.weight].update(state)
+            self._factors[layer] = _factor(gram, group["damping"])
+
+    def _rows(self, layer: MatrixLayer, found: list[Pass]) -> dict[str, Tensor]:
+        """U, as factors where a sample's gradient is one outer product; and the columns."""
+        samples = sum(one.samples for one in found)
+        # The losses of the samples themselves, not their mean over passes and batches.
+        weights = [len(found) * one.samples / math.sqrt(samples) for one in found]
+        single = all(layer.positions(one.gradients) == 1 for one in found)
+        if single and layer.mask is None:
+            parts = [next(layer.parts(one.inputs, one.gradients, one.samples)) for one in found]
+            return {
+                "inputs": torch.cat([a.squeeze(1) for a, _ in parts]),
+                "gradients": torch.cat(
+                    [g.squeeze(1) * weight for (_, g), weight in zip(parts, weights, strict=True)]
+                ),
+            }
+        pieces = [
+            matrices.flatten(1) * weight
+            for one, weight in zip(found, weights, strict=True)
+            for matrices in per_sample(layer, one.inputs, one.gradients)
+        ]
+        rows = {"rows": torch.cat(pieces)}
+        size = rows["rows"].shape[1]
+        if self._sketch is not None and self._sketch < size:
+            rows["columns"] = torch.randperm(size, device=layer.weight.device)[: self._sketch]
+        return rows
+
+    def _directions(self, gradients: dict[MatrixLayer, Tensor]) -> dict[MatrixLayer, Tensor]:
+        directions = [self._direction(layer, gradient) for layer, gradient in gradients.items()]
+        totals = self._totals(directions)
+        return {
+            layer: total / self._processes for layer, total in zip(gradients, totals, strict=True)
+        }
+
+    def _direction(self, layer: MatrixLayer, gradient: Tensor) -> Tensor:
+        state = self.state[layer.weight]
+        if "damping" not in state:
+            return torch.zeros_like(gradient)
+        samples = _samples(state, layer)
+        if layer not in self._factors:
+            self._factors[layer] = _factor(samples.gram(), state["damping"])
+        factor = self._factors[layer]
+        products = samples.times(gradient).to(factor).unsqueeze(1)
+        weights = torch.cholesky_solve(products, factor).squeeze(1)
+        return (gradient - samples.combine(weights.to(gradient.dtype))) / state["damping"]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._factors.clear()
+
+
+def _factor(gram: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of damping I + U U^T, in float64: U U^T is nearly singular."""
+    wide = gram if gram.device.type == "mps" else gram.double()
+    return torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
+
+
+def _samples(state: dict[str, Tensor], layer: MatrixLayer) -> "_Rows | _Factors":
+    if "inputs" in state:
+        return _Factors(state)
+    return _Rows(state, (layer.rows, layer.columns))
+
+
+class _Rows:
+    """U (samples, d) as it is; products over d from some columns, where they are named."""
+
+    def __init__(self, state: dict[str, Tensor], shape: tuple[int, int]) -> None:
+        self.rows, self.shape = state["rows"], shape
+        self.columns = state.get("columns")
+        self.some = self.rows if self.columns is None else self.rows[:, self.columns]
+        self.factor = self.rows.shape[1] / self.some.shape[1]
+
+    def gram(self) -> Tensor:
+        return self.factor * self.some @ self.some.mT
+
+    def times(self, gradient: Tensor) -> Tensor:
+        flat = gradient.flatten()
+        return self.factor * self.some @ (flat if self.columns is None else flat[self.columns])
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return (weights @ self.rows).view(self.shape)
+
+
+class _Factors:
+    """U whose rows are outer products of a gradient (o,) and an input (i + 1,)."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.inputs, self.gradients = state["inputs"], state["gradients"]
+
+    def gram(self) -> Tensor:
+        return (self.inputs @ self.inputs.mT) * (self.gradients @ self.gradients.mT)
+
+    def times(self, gradient: Tensor) -> Tensor:
+        return ((self.gradients @ gradient) * self.inputs).sum(1)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return (self.gradients * weights.unsqueeze(1)).mT @ self.inputs

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flows.optim.layers import BUDGET, MatrixLayer
 
-__all__ = ["gram_of_inputs", "per_sample", "second_moment"]
+__all__ = ["gram_of_inputs", "per_sample", "second_moment", "total"]
 
 
 def second_moment(
@@ -57,6 +57,15 @@ def per_sample(
     size = layer.rows * layer.columns + layer.positions(gradients) * (layer.rows + layer.columns)
     for a, g in layer.parts(inputs, gradients, max(1, BUDGET // size)):
         yield _matrices(layer, a, g)
+
+
+def total(layer: MatrixLayer, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """Sum of the :math:`G_b` over a batch, (o, columns)."""
+    found = 0.0
+    size = layer.positions(gradients) * (layer.rows + layer.columns)
+    for a, g in layer.parts(inputs, gradients, max(1, BUDGET // size)):
+        found = found + g.flatten(0, 1).mT @ a.flatten(0, 1)
+    return found if layer.mask is None else found * layer.mask
 
 
 def gram_of_inputs(layer: MatrixLayer, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:

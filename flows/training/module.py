@@ -1,16 +1,18 @@
 """Maximum likelihood training of a flow."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.callbacks import Timer
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
 from flows.flow import DensityModel
 from flows.objectives import bits_per_dim
+from flows.optim.preconditioned import Preconditioned
 from flows.training.averaging import ParameterAverage
 from flows.training.checks import check_splits, show_rows
 from flows.training.guard import guarded_log_prob, non_finite_gradient
@@ -35,10 +37,13 @@ class DensityEstimator(LightningModule):
 
     Args:
         flow: A Flow, or another module with its forward, ``log_prob`` and ``sample``.
-        lr: Peak learning rate.
+        lr: Peak learning rate of AdamW.
         warmup_steps: Steps in which the learning rate rises from zero.
         weight_decay: Decoupled weight decay of the conditioners' weight matrices; angles,
-            scales, splines and biases have none.
+            scales, splines and biases have none. Not with an ``optimizer``, which has its own.
+        optimizer: Makes the optimizer of the flow, one of :mod:`flows.optim`, which has its own
+            learning rate for the conditioners' matrices and leaves all other parameters to
+            AdamW; None for AdamW alone. As an option: ``--model.optimizer NGPlus``.
         ema_decay: Decay per step of a moving average of the parameters, for example 0.999;
             validation, test and checkpoints then use the average. 0 for none.
         early_stopping_patience: Validations in a row without a better val/nll after which
@@ -56,6 +61,7 @@ class DensityEstimator(LightningModule):
         lr: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
+        optimizer: Callable[[nn.Module], Preconditioned] | None = None,
         ema_decay: float = 0.0,
         early_stopping_patience: int | None = None,
         recenter_every_n_epochs: int | None = None,
@@ -73,6 +79,11 @@ class DensityEstimator(LightningModule):
         )
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
+        if optimizer is not None and weight_decay:
+            raise ValueError(
+                "weight_decay belongs to the optimizer where there is one, as its init_args, got "
+                f"model.weight_decay {weight_decay}."
+            )
         if early_stopping_patience is not None:
             check_at_least(1, early_stopping_patience=early_stopping_patience)
         if recenter_every_n_epochs is not None:
@@ -86,6 +97,7 @@ class DensityEstimator(LightningModule):
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
         self.ema_decay = ema_decay
         self.early_stopping_patience = early_stopping_patience
         self.recenter_every_n_epochs = recenter_every_n_epochs
@@ -221,6 +233,30 @@ class DensityEstimator(LightningModule):
         return callbacks + [InversionError()] if reversible_chains(self.flow) else callbacks
 
     def configure_optimizers(self) -> dict[str, Any]:
+        if self.optimizer is None:
+            optimizer = self._adamw()
+        else:
+            optimizer = self.optimizer(self.flow)
+            optimizer.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if optimizer.default_adamw_lr:
+                for group in optimizer.param_groups[1:]:
+                    group["lr"] = self.lr
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            progress = min(1.0, max(progress, self._part_of_max_time()))
+            return 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _adamw(self) -> torch.optim.AdamW:
         conditioners = [
             parameter
             for name, parameter in self.flow.named_parameters()
@@ -236,21 +272,7 @@ class DensityEstimator(LightningModule):
         # One pass over all parameters, seven times faster for small flows on a CPU; in mixed
         # precision Lightning does not clip for a step that could unscale gradients itself.
         fused = not self.trainer.precision.endswith("-mixed")
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
-        total = self.trainer.estimated_stepping_batches
-
-        def factor(step: int) -> float:
-            if step < self.warmup_steps:
-                return (step + 1) / self.warmup_steps
-            progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-            progress = min(1.0, max(progress, self._part_of_max_time()))
-            return 0.5 * (1 + math.cos(math.pi * progress))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return torch.optim.AdamW(groups, lr=self.lr, fused=fused)
 
     def _part_of_max_time(self) -> float:
         """How much of ``trainer.max_time`` is over; 0 without one."""
