@@ -1,6 +1,6 @@
 """Normalizing flows built on exact rotations parametrized by angles."""
 
-from flows import diagnostics, distributions, givens, householder, nets, recipes, transforms
+from flows import diagnostics, distributions, givens, householder, nets, optim, recipes, transforms
 from flows.flow import Flow, load
 from flows.objectives import bits_per_dim
 from flows.parametrize import orthogonal
@@ -70,6 +70,7 @@ __all__ = [
     "householder",
     "load",
     "nets",
+    "optim",
     "orthogonal",
     "recipes",
     "transforms",

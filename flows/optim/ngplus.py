@@ -70,7 +70,7 @@ class NGPlus(Preconditioned):
         >>> from flows.optim import NGPlus
         >>> from flows.recipes import RotationSplineFlow
         >>> flow = RotationSplineFlow(features=2, layers=2)
-        >>> optimizer = NGPlus(flow, lr=0.01)
+        >>> optimizer = NGPlus(flow, lr=0.1)
         >>> (-flow.log_prob(torch.randn(64, 2)).mean()).backward()
         >>> optimizer.step()
     """
@@ -78,12 +78,12 @@ class NGPlus(Preconditioned):
     def __init__(
         self,
         module: nn.Module,
-        lr: float = 1e-2,
+        lr: float = 0.1,
         *,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        damping: float = 1e-3,
+        damping: float = 0.1,
         curvature_decay: float = 0.1,
         refresh_every: int = 100,
         statistic: Literal["per_sample", "mean_grad"] = "per_sample",

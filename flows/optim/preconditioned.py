@@ -136,6 +136,10 @@ class Preconditioned(Optimizer, ABC):
         self._arm()
         return loss
 
+    def close(self) -> None:
+        """Take the hooks off the model; the optimizer is not to be used again."""
+        self._capture.stop()
+
     def _follow(self, directions: dict[MatrixLayer, Tensor]) -> None:
         group = self.param_groups[0]
         parameters = [p for layer in directions for p in layer.parameters]

@@ -79,11 +79,13 @@ class DensityEstimator(LightningModule):
         )
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
-        if optimizer is not None and weight_decay:
-            raise ValueError(
-                "weight_decay belongs to the optimizer where there is one, as its init_args, got "
-                f"model.weight_decay {weight_decay}."
-            )
+        if optimizer is not None:
+            if weight_decay:
+                raise ValueError(
+                    "weight_decay belongs to the optimizer where there is one, as its init_args, "
+                    f"got model.weight_decay {weight_decay}."
+                )
+            optimizer(flow).close()  # says now what is wrong with its options
         if early_stopping_patience is not None:
             check_at_least(1, early_stopping_patience=early_stopping_patience)
         if recenter_every_n_epochs is not None:

@@ -130,8 +130,9 @@ def test_the_sample_command_writes(run, tmp_path, suffix, capsys):
             "--model.recenter_every_n_epochs=1",
             "--model.early_stopping_patience=4",
         ],
+        ["--model.optimizer=NGPlus", "--model.optimizer.refresh_every=7"],
     ],
-    ids=["plain", "averaged, recentered, with patience"],
+    ids=["plain", "averaged, recentered, with patience", "NG+"],
 )
 def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path, options):
     whole = fit(tmp_path / "whole", *SMALL, *options) if options else run
@@ -240,6 +241,14 @@ def test_help_fits_a_screen(capsys):
         "option without value": (["--ckpt_path", "--model.lr=1e-3"], ["--ckpt_path"]),
         "no batch": (["--data.init_args.batch_size=0"], ["batch_size", "at least 1, got 0"]),
         "fast_dev_run": (["--trainer.fast_dev_run=true"], ["fast_dev_run", "max_epochs=1"]),
+        "optimizer and its decay": (
+            ["--model.optimizer=NGPlus", "--model.weight_decay=0.1"],
+            ["weight_decay belongs to the optimizer", "0.1"],
+        ),
+        "optimizer out of range": (
+            ["--model.optimizer=NGPlus", "--model.optimizer.damping=-1"],
+            ["damping", "-1"],
+        ),
         "no test": (["--trainer.limit_test_batches=0"], ["limit_test_batches must not be 0"]),
         "test without checkpoint": (["test"], ["--ckpt_path"]),
         "sample without checkpoint": (["sample"], ["required: --ckpt_path", "sample --help"]),
@@ -381,7 +390,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(copy, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
-def test_mixed_precision_clips_gradients(tmp_path):
+@pytest.mark.parametrize("optimizer", [None, "NGPlus", "ProxProp"])
+def test_mixed_precision_clips_gradients(tmp_path, optimizer):
     options = ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=1.0"]
+    options += [f"--model.optimizer={optimizer}"] if optimizer else []
     folder = fit(tmp_path, *SMALL, *options, "--trainer.max_epochs=1")
     assert json.loads((folder / "summary.json").read_text())["test/kl"] > 0
