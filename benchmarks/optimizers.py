@@ -115,28 +115,31 @@ class Task:
 class MuonAndAdamW:
     """Muon for matrices and AdamW for the rest, stepped as one.
 
-    torch's Muon takes weights of two axes; filters are AdamW's.
+    torch's Muon takes two axes only; filters come to it flattened, as in the published code.
     """
 
     def __init__(self, flow: nn.Module, *, lr: float, adamw_lr: float, decay: float) -> None:
-        matrices = [p for p in param_groups_for(flow)[0]["params"] if p.ndim == 2]
-        chosen = set(map(id, matrices))
+        self.weights = [p for p in param_groups_for(flow)[0]["params"] if p.ndim > 1]
+        chosen = set(map(id, self.weights))
         others = [p for p in flow.parameters() if id(p) not in chosen]
-        adjust = "match_rms_adamw"
-        self.parts = [torch.optim.AdamW(others, lr=adamw_lr, weight_decay=0.0, fused=True)]
-        if matrices:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=decay / lr, adjust_lr_fn=adjust)
-            )
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        # Views: what Muon changes are the weights.
+        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.weights]
+        self.muon = torch.optim.Muon(
+            self.matrices, lr=lr, weight_decay=decay / lr, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(others, lr=adamw_lr, weight_decay=0.0, fused=True)
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
+        self.adamw.zero_grad()
+        for weight in self.weights:
+            weight.grad = None
 
     def step(self) -> None:
-        for part in self.parts:
-            part.step()
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = weight.grad.flatten(1)
+        self.muon.step()
+        self.adamw.step()
 
 
 def make_optimizer(name: str, task: Task, settings: dict[str, Any], flow: nn.Module) -> Any:
@@ -175,6 +178,8 @@ def run(row: dict) -> dict:
         validate=lambda flow: task.score(flow, "val"),
         make_optimizer=partial(make_optimizer, row["optimizer"], task, settings),
     )
+    # A run so short that it met no validation has its end.
+    took["curve"] = took["curve"] or [(took["wall_seconds"], task.score(flow, "val"))]
     scores = {"val": min(loss for _, loss in took["curve"]), "test": task.score(flow, "test")}
     return scores | {"settings": settings, **took}
 

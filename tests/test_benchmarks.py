@@ -15,6 +15,8 @@ from benchmarks import (
     gpu,
     images,
     memory,
+    optimizer_cost,
+    optimizers,
     orthogonal,
     per_sample,
     race,
@@ -219,6 +221,42 @@ def test_the_median_of_the_seeds_is_shown_and_failures_are_told(capsys):
     show_toy_densities(rows, chosen, "a CPU")
     shown = capsys.readouterr().out
     assert "200.00 ± 20.00" in shown and "seed 3: out of memory" in shown
+
+
+def test_optimizers_train_and_are_drawn(run, tmp_path, capsys):
+    options = ["--tasks", "breast_cancer", "--seeds", "0", "--scale", "0.03"]
+    rows = run(optimizers, *options, "--optimizers", "NG+")["rows"]
+    shown = capsys.readouterr().out
+    assert "After equal time" in shown and "24 steps" in shown
+    assert [row["budget"] for row in rows] == ["time", "steps"]
+    assert all(-100 < row["test"] < 100 and row["curve"] for row in rows)
+    assert rows[1]["steps"] == 24
+    figure = tmp_path / "figure.png"
+    run(optimizers, "--plot", "--figure", str(figure))
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_every_optimizer_moves_every_parameter_of_its_task(name):
+    task = optimizers.Task("breast_cancer")
+    flow = task.make_flow()
+    before = [parameter.detach().clone() for parameter in flow.parameters()]
+    settings = optimizers.SETTINGS.get(name, {}).get("breast_cancer", {})
+    optimizer = optimizers.make_optimizer(name, task, settings, flow)
+    batches = task.batches()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-flow.log_prob(next(batches)).mean()).backward()
+        optimizer.step()
+    for (where, parameter), old in zip(flow.named_parameters(), before, strict=True):
+        assert not torch.equal(parameter, old), where
+
+
+def test_optimizer_cost_is_over_adamw(run, monkeypatch):
+    monkeypatch.setattr(optimizer_cost, "STEPS", 2)
+    rows = run(optimizer_cost, "--optimizers", "NG+", "--turns", "1")["rows"]
+    assert [row["optimizer"] for row in rows] == ["AdamW", "NG+"]
+    assert rows[0]["over_adamw"] == 1 and rows[1]["step_ms"] > 0
 
 
 def test_images_trains_every_model_and_draws_what_it_found(run, tmp_path):
