@@ -43,9 +43,7 @@ class LULinear(Transform):
         True
     """
 
-    def __init__(
-        self, features: int, *, init: Literal["identity", "haar"] = "identity"
-    ) -> None:
+    def __init__(self, features: int, *, init: Literal["identity", "haar"] = "identity") -> None:
         super().__init__()
         check_at_least(2, features=features)
         match init:
@@ -91,7 +89,7 @@ class LULinear(Transform):
 
     def _upper(self) -> Tensor:
         """U + diag(s)."""
-        return self.factors.triu(1) + (self.signs * self.factors.diagonal().exp()).diag()
+        return self.factors.triu(1) + torch.diag_embed(self.signs * self.factors.diagonal().exp())
 
     def _logabsdet(self, inputs: Tensor) -> Tensor:
         positions = math.prod(inputs.shape[2:])
