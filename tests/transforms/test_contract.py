@@ -284,6 +284,11 @@ CASES = {
     ),
     "sylvester, context": Case(lambda: Sylvester(4, CONTEXT_NET), reals(4), "used"),
     "sylvester, thin, context": Case(lambda: Sylvester(5, CONTEXT_NET, rank=3), reals(5), "used"),
+    "sylvester, householder": Case(lambda: Sylvester(4, mixing="householder"), reals(4)),
+    "sylvester, householder, thin, context": Case(
+        lambda: Sylvester(5, CONTEXT_NET, rank=3, mixing="householder"), reals(5), "used"
+    ),
+    "sylvester, permutation": Case(lambda: Sylvester(4, rank=3, mixing="permutation"), reals(4)),
     "empirical cdf": Case(lambda: fitted(3), unit(3)),
     "empirical cdf, images": Case(lambda: fitted(2, 2, 2), unit(2, 2, 2)),
     # The logits of [a, 1 - a] are a bounded interval, all that forward accepts again.
