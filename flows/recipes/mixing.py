@@ -35,8 +35,8 @@ def choose_mixing(
       volume is learned as well.
     * ``"permutation"``: :class:`~flows.transforms.Permutation`, a fixed random order.
 
-    The last has no parameters. Every recipe takes these words as ``mixing``;
-    what it says of rotations then holds of what takes their place.
+    The first two preserve volume, and so does the last, which has no parameters. All have a
+    cheap inverse. Every recipe takes these words as ``mixing``; its default is in its signature.
 
     Args:
         mixing: One of the four.
