@@ -1,6 +1,6 @@
 """The four ways to mix features, each in the same flow, learning for the same time.
 
-    python -m benchmarks.mixing                            # 11 minutes of one core
+    python -m benchmarks.mixing                            # 12 minutes of one core
     python -m benchmarks.mixing --clock processor          # on a machine that others use as well
     python -m benchmarks.mixing --data two_moons --seeds 0 --seconds 5
 
