@@ -1,5 +1,7 @@
 """Tables on the screen."""
 
+import statistics
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +15,7 @@ __all__ = [
     "show_memory",
     "show_optimizer_cost",
     "show_optimizers",
+    "show_mixing",
     "show_samples",
     "show_splines",
     "show_steps",
@@ -280,6 +283,34 @@ def show_optimizer_cost(rows: list[dict], device: str) -> None:
     for row in rows:
         table.add_row(row["optimizer"], _number(row["step_ms"]), f"{row['over_adamw']:.3f}")
     console.print(table)
+
+
+def show_mixing(rows: list[dict], device: str) -> None:
+    """For each data set a table, a line for each mixing: median and range over the seeds."""
+    console = _console()
+    for data in dict.fromkeys(row["data"] for row in rows):
+        found = [row for row in rows if row["data"] == data]
+        digits = data == "digits"
+        what = "test bits/dim" if digits else "KL in 0.001 nats"
+        seconds, clock = found[0]["seconds"], found[0]["clock"]
+        title = f"{data}: {what} after {seconds:g} s of {clock} time, {device}"
+        heads = ["", f"median of {len({row['seed'] for row in found})} seeds", "least", "most"]
+        table = _table(console, title, [*heads, "steps a second", "parameters"])
+        for mixing in dict.fromkeys(row["mixing"] for row in found):
+            done = [row for row in found if row["mixing"] == mixing and "loss" in row]
+            if not done:
+                continue
+            losses = [row["loss"] if digits else 1e3 * row["loss"] for row in done]
+            numbers = statistics.median_low(losses), min(losses), max(losses)
+            # All runs took the same time, by the clock.
+            rate = statistics.median(row["steps"] for row in done) / seconds
+            cells = [f"{number:.{3 if digits else 2}f}" for number in numbers]
+            table.add_row(mixing, *cells, _number(rate), f"{done[0]['parameters']:,}")
+        console.print(table)
+    for row in rows:
+        if "error" in row:
+            text = f"failed: {row['mixing']}, {row['data']}, seed {row['seed']}: {row['error']}"
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _left_out(console: Console, rows: list[dict], where: str) -> None:

@@ -7,7 +7,8 @@ from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
-from flows.transforms import ActNorm, Composite, ElementwiseSpline, Rotation, Standardize
+from flows.recipes.mixing import Mixing, choose_mixing
+from flows.transforms import ActNorm, Composite, ElementwiseSpline, Standardize
 from flows.transforms.composite import Memory
 
 __all__ = ["GaussianizationFlow"]
@@ -34,6 +35,8 @@ class GaussianizationFlow(Flow):
         dropout: Dropout in these networks.
         memory: What the layers keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
+            ``"angles"``, ``"householder"``, ``"lu"`` or ``"permutation"``.
 
     Reference:
         Meng et al. (2020), Gaussianization Flows, arXiv 2003.01941; there the marginal maps
@@ -58,6 +61,7 @@ class GaussianizationFlow(Flow):
         classes: int | None = None,
         dropout: float = 0.0,
         memory: Memory = "store",
+        mixing: Mixing = "angles",
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers, hidden_features=hidden_features)
@@ -72,10 +76,11 @@ class GaussianizationFlow(Flow):
                 context_features=width,
                 dropout=dropout,
             )
+        mix = choose_mixing(mixing, init="haar")
         transforms = [Standardize(features), ActNorm(features)]
         for _ in range(layers):
             transforms += [
-                Rotation(features, init="haar"),
+                mix(features),
                 ElementwiseSpline(features, bins=bins, tail_bound=tail_bound, net=net),
             ]
         super().__init__(Composite(transforms, memory=memory), Normal(features), embedding)

@@ -9,6 +9,7 @@ from flows.distributions import DiagonalNormal, Normal
 from flows.flow import Flow
 from flows.nets import MLP, ConvNet
 from flows.recipes.context import embed_context
+from flows.recipes.mixing import Mixing, choose_mixing
 from flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -17,7 +18,6 @@ from flows.transforms import (
     EmpiricalCDF,
     Logit,
     Multiscale,
-    Rotation1x1,
     SplineCoupling,
     VariationalDequantize,
 )
@@ -53,11 +53,14 @@ class Glow(Flow):
         kernel_sizes: Of the conditioners' three convolutions, as in ``ConvNet``.
         memory: What the steps of a level keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What turns the channels, by :func:`~flows.recipes.mixing.choose_mixing`:
+            ``"angles"``, ``"householder"``, ``"lu"`` or ``"permutation"``.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
     Reference:
-        Kingma and Dhariwal (2018), arXiv 1807.03039; there the convolutions are LU matrices.
+        Kingma and Dhariwal (2018), arXiv 1807.03039; there with
+        ``mixing="lu"`` from random orthogonal matrices.
 
     Example:
         >>> import torch
@@ -80,6 +83,7 @@ class Glow(Flow):
         dropout: float = 0.0,
         kernel_sizes: tuple[int, int, int] = (3, 1, 3),
         memory: Memory = "store",
+        mixing: Mixing = "angles",
         context_features: int = 0,
         classes: int | None = None,
     ) -> None:
@@ -103,13 +107,15 @@ class Glow(Flow):
         couple = {"spline": SplineCoupling, "affine": AffineCoupling}[coupling]
         to_reals = Logit() if marginals == "logit" else EmpiricalCDF(shape, bins=grey_levels)
 
+        mix = choose_mixing(mixing, images=True)
+
         def level(channels: int) -> Composite:
             transforms = [
                 transform
                 for step in range(steps)
                 for transform in (
                     ActNorm(channels),
-                    Rotation1x1(channels),
+                    mix(channels),
                     couple(channels, net, flip=step % 2 == 1),
                 )
             ]

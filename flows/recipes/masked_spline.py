@@ -7,11 +7,11 @@ from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MADE
 from flows.recipes.context import embed_context
+from flows.recipes.mixing import Mixing, choose_mixing
 from flows.transforms import (
     ActNorm,
     Composite,
     MaskedAutoregressiveSpline,
-    Permutation,
     Standardize,
 )
 from flows.transforms.composite import Memory
@@ -39,6 +39,9 @@ class MaskedSplineFlow(Flow):
         dropout: Dropout in the conditioners.
         memory: What the layers keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What stands after every two layers, by
+            :func:`~flows.recipes.mixing.choose_mixing`: ``"permutation"``, or ``"angles"``,
+            ``"householder"`` or ``"lu"``, which start at random orthogonal matrices.
 
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
@@ -62,6 +65,7 @@ class MaskedSplineFlow(Flow):
         classes: int | None = None,
         dropout: float = 0.0,
         memory: Memory = "store",
+        mixing: Mixing = "permutation",
     ) -> None:
         check_at_least(1, features=features, layers=layers)
         embedding, width = embed_context(context_features, classes)
@@ -72,10 +76,11 @@ class MaskedSplineFlow(Flow):
             context_features=width,
             dropout=dropout,
         )
+        mix = choose_mixing(mixing, init="haar")
         transforms = [Standardize(features), ActNorm(features)]
         for layer in range(layers):
             if layer and layer % 2 == 0:
-                transforms.append(Permutation(features))
+                transforms.append(mix(features))
             transforms.append(
                 MaskedAutoregressiveSpline(
                     features, net, bins=bins, tail_bound=tail_bound, reverse=layer % 2 == 1

@@ -8,7 +8,8 @@ from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
-from flows.transforms import ActNorm, Composite, Rotation, SplineCoupling, Standardize
+from flows.recipes.mixing import Mixing, choose_mixing
+from flows.transforms import ActNorm, Composite, SplineCoupling, Standardize
 from flows.transforms.composite import Memory
 
 __all__ = ["RotationSplineFlow"]
@@ -39,6 +40,8 @@ class RotationSplineFlow(Flow):
         dropout: Dropout in the conditioners.
         memory: What the layers keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
+            ``"angles"``, ``"householder"``, ``"lu"`` or ``"permutation"``.
 
     Example:
         >>> flow = RotationSplineFlow(features=2, layers=4)
@@ -61,6 +64,7 @@ class RotationSplineFlow(Flow):
         classes: int | None = None,
         dropout: float = 0.0,
         memory: Memory = "store",
+        mixing: Mixing = "angles",
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
@@ -75,11 +79,12 @@ class RotationSplineFlow(Flow):
             knots=knots,
             bound=tail_bound,
         )
+        mix = choose_mixing(mixing)
         transforms = [Standardize(features), ActNorm(features)]
         for layer in range(layers):
             flip = layer % 2 == 1
             transforms += [
-                Rotation(features),
+                mix(features),
                 SplineCoupling(features, net, bins=bins, tail_bound=tail_bound, flip=flip),
             ]
         super().__init__(Composite(transforms, memory=memory), Normal(features), embedding)

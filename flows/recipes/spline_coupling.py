@@ -8,7 +8,8 @@ from flows.distributions import Normal
 from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
-from flows.transforms import ActNorm, Composite, Permutation, SplineCoupling, Standardize
+from flows.recipes.mixing import Mixing, choose_mixing
+from flows.transforms import ActNorm, Composite, SplineCoupling, Standardize
 from flows.transforms.composite import Memory
 
 __all__ = ["SplineCouplingFlow"]
@@ -44,6 +45,9 @@ class SplineCouplingFlow(Flow):
         dropout: Dropout in the conditioners.
         memory: What the layers keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What stands after every two layers, by
+            :func:`~flows.recipes.mixing.choose_mixing`: ``"permutation"``, or ``"angles"``,
+            ``"householder"`` or ``"lu"``, which start at random orthogonal matrices.
 
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
@@ -69,6 +73,7 @@ class SplineCouplingFlow(Flow):
         classes: int | None = None,
         dropout: float = 0.0,
         memory: Memory = "store",
+        mixing: Mixing = "permutation",
     ) -> None:
         check_at_least(2, features=features)
         check_at_least(1, layers=layers)
@@ -83,10 +88,11 @@ class SplineCouplingFlow(Flow):
             knots=knots,
             bound=tail_bound,
         )
+        mix = choose_mixing(mixing, init="haar")
         transforms = [Standardize(features), ActNorm(features)]
         for layer in range(layers):
             if layer and layer % 2 == 0:
-                transforms.append(Permutation(features))
+                transforms.append(mix(features))
             transforms.append(
                 SplineCoupling(
                     features, net, bins=bins, tail_bound=tail_bound, flip=layer % 2 == 1

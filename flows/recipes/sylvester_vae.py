@@ -15,6 +15,7 @@ from flows.distributions.discretized_logistic import (
     logistic_parameters,
 )
 from flows.nets import MLP, ConvDecoder, ConvEncoder
+from flows.recipes.mixing import Mixing
 from flows.transforms import Composite, Sylvester
 from flows.transforms.base import check_unit_interval, sum_features
 
@@ -45,6 +46,9 @@ class SylvesterVAE(nn.Module):
         components: Logistics per pixel.
         dropout: Dropout in encoder and decoder.
         draws: K, draws from the posterior in eval mode.
+        mixing: What makes the orthonormal columns of the Sylvester layers, as in
+            :class:`~flows.transforms.Sylvester`: ``"angles"``, ``"householder"`` or
+            ``"permutation"``; not ``"lu"``.
 
     Shape:
         inputs (batch, channels, height, width), pixels k / L, to log_prob (batch,)
@@ -71,6 +75,7 @@ class SylvesterVAE(nn.Module):
         components: int = 4,
         dropout: float = 0.0,
         draws: int = 16,
+        mixing: Mixing = "angles",
     ) -> None:
         super().__init__()
         check_at_least(0, layers=layers)
@@ -94,7 +99,9 @@ class SylvesterVAE(nn.Module):
             blocks=0,
             context_features=posterior_features,
         )
-        self.posterior = Composite(Sylvester(latent_features, net=net) for _ in range(layers))
+        self.posterior = Composite(
+            Sylvester(latent_features, net=net, mixing=mixing) for _ in range(layers)
+        )
         self.prior = Normal(latent_features)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:

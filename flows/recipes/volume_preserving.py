@@ -8,7 +8,8 @@ from flows.distributions import GaussianMixture
 from flows.flow import Flow
 from flows.nets import MLP
 from flows.recipes.context import embed_context
-from flows.transforms import Composite, Rotation, RotationCoupling, Transform, Twist
+from flows.recipes.mixing import Mixing, choose_mixing
+from flows.transforms import Composite, RotationCoupling, Transform, Twist
 from flows.transforms.base import preserves_volume
 from flows.transforms.composite import Memory
 
@@ -34,10 +35,12 @@ class VolumePreservingFlow(Flow):
         dropout: Dropout in the conditioners.
         memory: What the layers keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
+            ``"angles"``, ``"householder"`` or ``"permutation"``; ``"lu"`` changes volume.
         transforms: Layers to use instead of those triples; all must preserve volume.
 
     Raises:
-        ValueError: If a layer of ``transforms`` may change volume.
+        ValueError: If a layer of ``transforms``, or ``mixing``, may change volume.
 
     Example:
         >>> flow = VolumePreservingFlow(features=3, layers=2)
@@ -57,6 +60,7 @@ class VolumePreservingFlow(Flow):
         classes: int | None = None,
         dropout: float = 0.0,
         memory: Memory = "store",
+        mixing: Mixing = "angles",
         transforms: Sequence[Transform] | None = None,
     ) -> None:
         check_at_least(2, features=features)
@@ -69,12 +73,13 @@ class VolumePreservingFlow(Flow):
             context_features=width,
             dropout=dropout,
         )
+        mix = choose_mixing(mixing, init="haar", volume_preserving=True)
         if transforms is None:
             transforms = [
                 transform
                 for layer in range(layers)
                 for transform in (
-                    Rotation(features, init="haar"),
+                    mix(features),
                     Twist(features, net, matching=layer),
                     RotationCoupling(features, net, flip=layer % 2 == 1),
                 )

@@ -9,6 +9,7 @@ from flows.distributions import GaussianMixture
 from flows.flow import Flow
 from flows.nets import MLP, ConvNet
 from flows.recipes.context import embed_context
+from flows.recipes.mixing import Mixing, choose_mixing
 from flows.transforms import (
     AdditiveCoupling,
     Composite,
@@ -16,7 +17,6 @@ from flows.transforms import (
     EmpiricalCDF,
     IncompressibleCoupling,
     Multiscale,
-    Rotation1x1,
     RotationCoupling,
 )
 from flows.transforms.composite import Memory
@@ -50,6 +50,8 @@ class VolumePreservingGlow(Flow):
         dropout: Dropout in the conditioners.
         memory: What the steps of a level keep for the backward pass, as in
             :class:`~flows.transforms.Composite`.
+        mixing: What turns the channels, by :func:`~flows.recipes.mixing.choose_mixing`:
+            ``"angles"``, ``"householder"`` or ``"permutation"``; ``"lu"`` changes volume.
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
@@ -75,6 +77,7 @@ class VolumePreservingGlow(Flow):
         components: int = 32,
         dropout: float = 0.0,
         memory: Memory = "store",
+        mixing: Mixing = "angles",
         context_features: int = 0,
         classes: int | None = None,
     ) -> None:
@@ -89,12 +92,14 @@ class VolumePreservingGlow(Flow):
             ConvNet, hidden_features=hidden_features, context_features=width, dropout=dropout
         )
 
+        mix = choose_mixing(mixing, images=True, volume_preserving=True)
+
         def level(channels: int) -> Composite:
             transforms = [
                 transform
                 for step in range(steps)
                 for transform in (
-                    Rotation1x1(channels),
+                    mix(channels),
                     COUPLINGS[coupling](channels, net, flip=step % 2 == 1),
                 )
             ]

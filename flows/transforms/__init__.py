@@ -17,8 +17,9 @@ from flows.transforms.coupling import (
 )
 from flows.transforms.dequantize import Dequantize
 from flows.transforms.empirical_cdf import EmpiricalCDF
-from flows.transforms.householder import HouseholderRotation
+from flows.transforms.householder import Householder1x1, HouseholderRotation
 from flows.transforms.logit import Logit
+from flows.transforms.lu_linear import LULinear
 from flows.transforms.multiscale import Multiscale, Squeeze
 from flows.transforms.permutation import Permutation
 from flows.transforms.rotation import Rotation, Rotation1x1
@@ -41,10 +42,12 @@ __all__ = [
     "Dequantize",
     "ElementwiseSpline",
     "EmpiricalCDF",
+    "Householder1x1",
     "HouseholderRotation",
     "IncompressibleCoupling",
     "InputOutsideDomain",
     "InverseNotAvailable",
+    "LULinear",
     "Logit",
     "MaskedAutoregressiveAffine",
     "MaskedAutoregressiveSpline",

@@ -1,5 +1,6 @@
-"""Learnable rotations as products of reflections."""
+"""Learnable rotations of feature vectors and of image channels as products of reflections."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,7 +10,9 @@ from flows import householder
 from flows.checks import check_at_least
 from flows.transforms.base import Transform, check_features
 
-__all__ = ["HouseholderRotation"]
+__all__ = ["Householder1x1", "HouseholderRotation"]
+
+Init = Literal["identity", "random"]
 
 
 class HouseholderRotation(Transform):
@@ -45,7 +48,7 @@ class HouseholderRotation(Transform):
         features: int,
         reflections: int | None = None,
         *,
-        init: Literal["identity", "random"] = "identity",
+        init: Init = "identity",
     ) -> None:
         super().__init__()
         check_at_least(2, features=features)
@@ -72,18 +75,94 @@ class HouseholderRotation(Transform):
         return householder.cwy(self.vectors)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._reflect(inputs, inverse=False)
+        check_features(inputs, self.features, axis=-1)
+        return self._reflector()(inputs, False), inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._reflect(inputs, inverse=True)
-
-    def _reflect(self, inputs: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features, axis=-1)
+        return self._reflector()(inputs, True), inputs.new_zeros(inputs.shape[0])
+
+    def recover(
+        self, outputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Rotation.recover`; one W serves the way back and the way forth."""
+        reflect = self._reflector()
+        inputs = reflect(outputs, not inverse).detach().requires_grad_()
+        return inputs, reflect(inputs, inverse), inputs.new_zeros(inputs.shape[0])
+
+    def _reflector(self) -> Callable[[Tensor, bool], Tensor]:
+        """What takes x and whether to undo W, and applies W to the last axis of x."""
         if 2 * len(self.vectors) <= self.features:
-            outputs = householder.reflect(inputs, self.vectors, inverse=inverse)
-        else:
-            outputs = inputs @ (self.matrix() if inverse else self.matrix().mT)
-        return outputs, inputs.new_zeros(inputs.shape[0])
+            return lambda x, inverse: householder.reflect(x, self.vectors, inverse=inverse)
+        matrix = self.matrix()
+
+        def multiply(x: Tensor, inverse: bool) -> Tensor:
+            weight = matrix if inverse else matrix.mT
+            with torch.autocast(x.device.type, enabled=False):
+                return x @ weight.to(x.dtype)
+
+        return multiply
 
     def extra_repr(self) -> str:
         return f"features={self.features}, reflections={len(self.vectors)}"
+
+
+class Householder1x1(Transform):
+    """A :class:`HouseholderRotation` of image channels: an orthogonal 1x1 convolution.
+
+    Args:
+        channels: Number of channels, at least 2.
+        reflections: As in :class:`HouseholderRotation`.
+        init: As in :class:`HouseholderRotation`.
+
+    Shape:
+        inputs (batch, channels, height, width) to outputs of the same shape,
+        logabsdet (batch,), zero.
+
+    Reference:
+        Likhosherstov et al. (2021), CWY Parametrization, arXiv 2004.08675;
+        Kingma and Dhariwal (2018), Glow, arXiv 1807.03039, for the 1x1 convolution
+    """
+
+    volume_preserving = True
+
+    def __init__(
+        self, channels: int, reflections: int | None = None, *, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        check_at_least(2, channels=channels)
+        self.rotation = HouseholderRotation(channels, reflections, init=init)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(inputs)
+        outputs, logabsdet = self.rotation(inputs.movedim(1, -1))
+        return outputs.movedim(-1, 1), logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(inputs)
+        outputs, logabsdet = self.rotation.inverse(inputs.movedim(1, -1))
+        return outputs.movedim(-1, 1), logabsdet
+
+    def recover(
+        self, outputs: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Rotation.recover`; one W serves the way back and the way forth."""
+        reflect = self.rotation._reflector()
+
+        def apply(images: Tensor, inverse: bool) -> Tensor:
+            return reflect(images.movedim(1, -1), inverse).movedim(-1, 1)
+
+        inputs = apply(outputs, not inverse).detach().requires_grad_()
+        return inputs, apply(inputs, inverse), inputs.new_zeros(inputs.shape[0])
+
+    def matrix(self) -> Tensor:
+        """W, shape (channels, channels)."""
+        return self.rotation.matrix()
+
+    def _check(self, inputs: Tensor) -> None:
+        check_features(inputs, self.rotation.features)
+        if inputs.ndim != 4:
+            raise ValueError(
+                "inputs must be images (batch, channels, height, width), "
+                f"got {tuple(inputs.shape)}."
+            )

@@ -1,17 +1,17 @@
 """Sylvester flows: a small triangular net acts in a learned subspace."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flows import givens
+from flows import givens, householder
 from flows.checks import check_at_least
 from flows.orthogonal_base import OrthogonalBase
 from flows.transforms.base import Transform, bounded, check_vectors
-from flows.transforms.per_sample import schedule_from_zero
+from flows.transforms.per_sample import count_angles, schedule_from_zero
 
 __all__ = ["Sylvester"]
 
@@ -25,7 +25,7 @@ class Sylvester(OrthogonalBase, Transform):
     r"""Residual map in a subspace: :math:`y = x + Q R \tanh(\tilde R\, Q^T x + b)`.
 
     The columns of Q are orthonormal: the first ``rank`` columns of a fixed random orthogonal
-    matrix times a rotation by learned angles. R and :math:`\tilde R` are upper triangular with
+    matrix times what ``mixing`` learns. R and :math:`\tilde R` are upper triangular with
     diagonals r and :math:`\tilde r`. The determinant of the Jacobian is
     :math:`\prod_i (1 + \tanh'_i r_i \tilde r_i)`, and as :math:`0 < \tanh' \le 1` the map is
     invertible wherever :math:`r_i \tilde r_i > -1`. Here :math:`1 + r_i \tilde r_i = e^{s_i}`
@@ -50,15 +50,21 @@ class Sylvester(OrthogonalBase, Transform):
         rank: Columns of Q, 1 to features; features by default.
         schedule: Planes that turn Q, ``hurwitz(features).frame(rank)`` by default: it reaches
             every frame. Not ``cosine_sine``, which is degenerate where the angles start.
+        mixing: What makes Q: ``"angles"`` of rotations; ``"householder"``, the first columns
+            of a product of ``rank`` reflections, in which pairs of equal vectors undo each
+            other at the start; or ``"permutation"``, a fixed random choice of the features, so
+            that R and :math:`\tilde R` alone are learned.
 
     Shape:
         inputs (batch, features) to outputs of the same shape, logabsdet (batch,).
 
     Raises:
-        ValueError: If sizes or the schedule do not fit.
+        ValueError: If sizes, the schedule or ``mixing`` do not fit.
 
     Reference:
-        van den Berg et al. (2018), Sylvester Normalizing Flows, arXiv 1803.05649
+        van den Berg et al. (2018), Sylvester Normalizing Flows, arXiv 1803.05649, there by
+        reflections or fixed permutations; Likhosherstov et al. (2021), arXiv 2004.08675, for the
+        columns of a product of reflections (T-CWY)
     """
 
     def __init__(
@@ -68,38 +74,55 @@ class Sylvester(OrthogonalBase, Transform):
         *,
         rank: int | None = None,
         schedule: givens.Schedule | None = None,
+        mixing: Literal["angles", "householder", "permutation"] = "angles",
     ) -> None:
         super().__init__()
         check_at_least(2, features=features)
+        if mixing not in ("angles", "householder", "permutation"):
+            raise ValueError(
+                "mixing must be 'angles', 'householder' or 'permutation', which make the columns "
+                f"of Q orthonormal, got {mixing!r}."
+            )
+        if mixing != "angles" and schedule is not None:
+            raise ValueError(f"schedule must be None for mixing={mixing!r}, got {schedule}.")
         rank = features if rank is None else rank
         if not 1 <= rank <= features:
             raise ValueError(f"rank must be from 1 to {features}, got {rank}.")
-        if schedule is None:
+        if mixing == "angles" and schedule is None:
             schedule = givens.hurwitz(features).frame(rank)
         self.features = features
         self.rank = rank
-        self.schedule = schedule_from_zero(features, schedule)
+        self.mixing = mixing
+        self.schedule = schedule_from_zero(features, schedule) if mixing == "angles" else None
         above = rank * (rank - 1) // 2
-        self.sizes = (schedule.num_angles, above, above, rank, rank, rank)
+        turns = rank * features if mixing == "householder" else count_angles(self.schedule)
+        self.sizes = (turns, above, above, rank, rank, rank)
         self.net = None if net is None else net(0, sum(self.sizes))
         self.raw = nn.Parameter(torch.zeros(sum(self.sizes))) if net is None else None
-        self.register_buffer("base", nn.init.orthogonal_(torch.empty(features, features)))
+        if mixing == "permutation":
+            base = torch.eye(features)[torch.randperm(features)]
+        else:
+            base = nn.init.orthogonal_(torch.empty(features, features))
+        self.register_buffer("base", base)
+        # Where reflections start: what is learned is added, and no vector may be zero.
+        pairs = torch.eye(features).repeat_interleave(2, dim=0)[:rank]
+        self.register_buffer("pairs", pairs if mixing == "householder" else None, persistent=False)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_vectors(inputs, self.features)
         parts = self._parts(inputs, context)
         with torch.autocast(inputs.device.type, enabled=False):
-            u = self._project(inputs, parts.angles)
+            u = self._project(inputs, parts.turns)
             inner = torch.einsum("...ij,...j->...i", parts.inner, u) + parts.bias
             h = torch.tanh(inner)
-            change = self._embed(torch.einsum("...ij,...j->...i", parts.outer, h), parts.angles)
+            change = self._embed(torch.einsum("...ij,...j->...i", parts.outer, h), parts.turns)
         return inputs + change.to(inputs.dtype), _logabsdet(h, parts).to(inputs.dtype)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_vectors(inputs, self.features)
         parts = self._parts(inputs, context)
         with torch.autocast(inputs.device.type, enabled=False):
-            v = self._project(inputs, parts.angles)
+            v = self._project(inputs, parts.turns)
             # Solutions of the rows below; the last row has only one unknown.
             u, h = v[:, :0], v[:, :0]
             for i in reversed(range(self.rank)):
@@ -110,7 +133,7 @@ class Sylvester(OrthogonalBase, Transform):
                 h_i = torch.tanh(t)
                 u_i = w - parts.outer[..., i, i] * h_i
                 u, h = torch.cat([u_i[:, None], u], dim=1), torch.cat([h_i[:, None], h], dim=1)
-            change = self._embed(torch.einsum("...ij,...j->...i", parts.outer, h), parts.angles)
+            change = self._embed(torch.einsum("...ij,...j->...i", parts.outer, h), parts.turns)
         return inputs - change.to(inputs.dtype), -_logabsdet(h, parts).to(inputs.dtype)
 
     def _parts(self, inputs: Tensor, context: Tensor | None) -> "_Parts":
@@ -118,11 +141,14 @@ class Sylvester(OrthogonalBase, Transform):
         raw = self.raw
         if self.net is not None:
             raw = self.net(inputs.new_zeros(len(inputs), 0), context).to(self.base.dtype)
-        angles, outer, inner, log_slope, log_inner, bias = raw.split(self.sizes, dim=-1)
+        turns, outer, inner, log_slope, log_inner, bias = raw.split(self.sizes, dim=-1)
+        if self.mixing == "householder":
+            vectors = self.pairs + turns.unflatten(-1, self.pairs.shape)
+            turns = householder.stiefel_cwy(vectors)
         log_slope, log_inner = bounded(log_slope, BOUND), bounded(log_inner, BOUND)
         product = torch.expm1(log_slope)
         outer = self._triangular(outer, product * torch.exp(-log_inner))
-        return _Parts(angles, outer, self._triangular(inner, log_inner.exp()), product, bias)
+        return _Parts(turns, outer, self._triangular(inner, log_inner.exp()), product, bias)
 
     def _triangular(self, above: Tensor, diagonal: Tensor) -> Tensor:
         """Upper triangular matrices of the given entries, row by row above the diagonal."""
@@ -131,28 +157,40 @@ class Sylvester(OrthogonalBase, Transform):
         filled[..., rows, columns] = above / self.rank**0.5
         return filled + torch.diag_embed(diagonal)
 
-    def _project(self, x: Tensor, angles: Tensor) -> Tensor:
+    def _project(self, x: Tensor, turns: Tensor) -> Tensor:
         """Q^T x."""
         x = x.to(self.base.dtype) @ self.base
-        return givens.rotate(x, angles, self.schedule, inverse=True)[..., : self.rank]
+        if self.mixing == "householder":
+            return torch.einsum("...ji,...j->...i", turns, x)
+        if self.mixing == "angles":
+            x = givens.rotate(x, turns, self.schedule, inverse=True)
+        return x[..., : self.rank]
 
-    def _embed(self, z: Tensor, angles: Tensor) -> Tensor:
+    def _embed(self, z: Tensor, turns: Tensor) -> Tensor:
         """Q z."""
+        if self.mixing == "householder":
+            return torch.einsum("...ij,...j->...i", turns, z) @ self.base.mT
         z = functional.pad(z, (0, self.features - self.rank))
-        return givens.rotate(z, angles, self.schedule) @ self.base.mT
+        if self.mixing == "angles":
+            z = givens.rotate(z, turns, self.schedule)
+        return z @ self.base.mT
 
     @property
     def _identity(self) -> str:
-        return f"{self.schedule.name} rank={self.rank}"
+        return f"{self._turned_by} rank={self.rank}"
+
+    @property
+    def _turned_by(self) -> str:
+        return self.mixing if self.schedule is None else self.schedule.name
 
     def extra_repr(self) -> str:
-        return f"features={self.features}, rank={self.rank}, schedule={self.schedule}"
+        return f"features={self.features}, rank={self.rank}, {self._turned_by}"
 
 
 class _Parts(NamedTuple):
     """The parameters of the formula, with or without an axis of rows in front."""
 
-    angles: Tensor  # (num_angles,)
+    turns: Tensor  # angles (num_angles,), columns of reflections (features, rank), or none
     outer: Tensor  # R, (rank, rank)
     inner: Tensor  # R~, (rank, rank)
     product: Tensor  # of their diagonals, (rank,)

@@ -35,9 +35,11 @@ from flows.transforms import (
     Dequantize,
     ElementwiseSpline,
     EmpiricalCDF,
+    Householder1x1,
     HouseholderRotation,
     IncompressibleCoupling,
     Logit,
+    LULinear,
     MaskedAutoregressiveAffine,
     MaskedAutoregressiveSpline,
     Multiscale,
@@ -143,6 +145,11 @@ CASES = {
     "householder": Case(lambda: HouseholderRotation(4), reals(4)),
     "householder, odd": Case(lambda: HouseholderRotation(5), reals(5)),
     "householder, thin": Case(lambda: HouseholderRotation(6, 2), reals(6)),
+    "householder 1x1": Case(lambda: Householder1x1(3), reals(3, 2, 3)),
+    "householder 1x1, thin": Case(lambda: Householder1x1(4, 2), reals(4, 1, 2)),
+    "lu linear": Case(lambda: LULinear(4), reals(4)),
+    "lu linear, haar": Case(lambda: LULinear(5, init="haar"), reals(5)),
+    "lu linear, images": Case(lambda: LULinear(3, init="haar"), reals(3, 2, 3)),
     "conditional rotation": Case(lambda: ConditionalRotation(4, CONTEXT_NET), reals(4), "used"),
     "conditional rotation, odd_even": Case(
         lambda: ConditionalRotation(5, CONTEXT_NET, givens.odd_even(5)), reals(5), "used"
@@ -277,6 +284,11 @@ CASES = {
     ),
     "sylvester, context": Case(lambda: Sylvester(4, CONTEXT_NET), reals(4), "used"),
     "sylvester, thin, context": Case(lambda: Sylvester(5, CONTEXT_NET, rank=3), reals(5), "used"),
+    "sylvester, householder": Case(lambda: Sylvester(4, mixing="householder"), reals(4)),
+    "sylvester, householder, thin, context": Case(
+        lambda: Sylvester(5, CONTEXT_NET, rank=3, mixing="householder"), reals(5), "used"
+    ),
+    "sylvester, permutation": Case(lambda: Sylvester(4, rank=3, mixing="permutation"), reals(4)),
     "empirical cdf": Case(lambda: fitted(3), unit(3)),
     "empirical cdf, images": Case(lambda: fitted(2, 2, 2), unit(2, 2, 2)),
     # The logits of [a, 1 - a] are a bounded interval, all that forward accepts again.

@@ -9,7 +9,7 @@ from nflows.transforms import CompositeTransform, PointwiseAffineTransform
 from torch.autograd.functional import jacobian
 
 from flows import householder
-from flows.transforms.householder import HouseholderRotation
+from flows.transforms.householder import Householder1x1, HouseholderRotation
 
 # Applied by thin products, and by the matrix.
 CASES = {
@@ -178,3 +178,45 @@ def test_wrong_number_of_features_is_refused(transform, inputs):
 
 def test_repr_tells_the_sizes():
     assert repr(HouseholderRotation(5, 2)) == "HouseholderRotation(features=5, reflections=2)"
+
+
+@pytest.mark.parametrize("reflections", [2, None])
+def test_images_are_reflected_along_their_channels(reflections):
+    layer = Householder1x1(5, reflections, init="random").double()
+    images = torch.randn(3, 5, 2, 4, dtype=torch.float64)
+    expected = torch.einsum("ij,bjhw->bihw", layer.matrix(), images)
+    outputs, logabsdet = layer(images)
+    assert_close(outputs, expected)
+    assert_close(layer.inverse(outputs)[0], images)
+    assert logabsdet.shape == (3,) and not logabsdet.any()
+
+
+def test_only_images_have_channels():
+    layer = Householder1x1(3)
+    for wrong in (torch.zeros(4, 3), torch.zeros(4, 3, 2), torch.zeros(3, 3, 2, 2, 2)):
+        with pytest.raises(ValueError, match=r"^inputs must be images .*, got \("):
+            layer(wrong)
+    with pytest.raises(ValueError, match="^channels must be at least 2, got 1"):
+        Householder1x1(1)
+
+
+@pytest.mark.parametrize("kind", [HouseholderRotation, Householder1x1])
+def test_one_matrix_serves_the_way_back_and_the_way_forth(monkeypatch, kind):
+    built, cwy = [], householder.cwy
+    monkeypatch.setattr(householder, "cwy", lambda v: built.append(v) or cwy(v))
+    layer = kind(6, init="random")
+    inputs = torch.randn(4, 6, *([2, 2] if kind is Householder1x1 else []))
+    outputs = layer(inputs)[0].detach()
+    recovered, again, _ = layer.recover(outputs)
+    assert len(built) == 2
+    assert recovered.is_leaf and recovered.requires_grad
+    assert_close(recovered.detach(), inputs, 1e-5)
+    assert_close(again.detach(), outputs, 1e-5)
+
+
+@pytest.mark.parametrize("reflections", [2, 6])
+def test_autocast_does_not_round_single_precision(reflections):
+    transform, inputs = HouseholderRotation(6, reflections, init="random"), torch.randn(4, 6)
+    expected = transform(inputs)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transform(inputs)[0], expected)

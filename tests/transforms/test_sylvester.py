@@ -90,6 +90,57 @@ def test_starts_as_the_identity_and_learns_from_there(features, rank, net):
     assert grad.isfinite().all() and grad.any()
 
 
+@each_size
+@pytest.mark.parametrize("mixing", ["householder", "permutation"])
+@pytest.mark.parametrize("net", [None, NET], ids=["parameters", "context"])
+def test_other_columns_make_the_same_formula(features, rank, mixing, net):
+    layer = randomized(Sylvester(features, net, rank=rank, mixing=mixing))
+    x, context = torch.randn(4, features).double(), torch.randn(4, 2).double()
+    raw = layer.raw if net is None else layer.net(x[:, :0], context)
+    turns, rest = raw.detach().expand(4, -1).split([layer.sizes[0], sum(layer.sizes[1:])], dim=1)
+    # R, R~ and b stand behind what makes Q, as in a layer of angles; there Q is the base.
+    by_angles = Sylvester(features, rank=rank).double()
+    count = by_angles.schedule.num_angles
+    eye = torch.eye(features, dtype=torch.float64)
+    outputs, logabsdet = layer(x, context)
+    for row in range(4):
+        q = eye
+        for k, v in enumerate(turns[row].view(-1, features)):
+            v = v + eye[k // 2]
+            q = q @ (eye - 2 * v.outer(v) / v.dot(v))
+        by_angles.base.copy_(layer.base @ q)
+        by_angles.raw.data = torch.cat([torch.zeros(count).double(), rest[row]])
+        expected = by_angles(x[row : row + 1])
+        result = outputs[row : row + 1], logabsdet[row : row + 1]
+        torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
+    back, negative = layer.inverse(outputs, context)
+    torch.testing.assert_close(layer(back, context)[0], outputs, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(negative, -layer(back, context)[1], atol=1e-9, rtol=1e-9)
+
+
+def test_permutations_choose_features_and_learn_no_columns():
+    layer = Sylvester(7, rank=3, mixing="permutation")
+    assert sorted(layer.base.argmax(1).tolist()) == list(range(7))
+    assert layer.base.sum() == 7 and len(layer.raw) == sum(layer.sizes[1:])
+
+
+@pytest.mark.parametrize("rank", [2, 3, 6])
+def test_reflections_start_where_angles_do(rank):
+    torch.manual_seed(1)
+    layer = Sylvester(6, rank=rank, mixing="householder")
+    torch.manual_seed(1)
+    by_angles = Sylvester(6, rank=rank)
+    assert torch.equal(layer.base, by_angles.base)
+    for each in (layer, by_angles):
+        above = sum(each.sizes[:1])
+        each.raw.data[above:] = torch.linspace(-1, 1, len(each.raw) - above)
+    x = torch.randn(5, 6)
+    if rank % 2 == 0:
+        torch.testing.assert_close(layer(x)[0], by_angles(x)[0])
+    (gradient,) = torch.autograd.grad(layer(x)[0].sin().sum(), layer.raw)
+    assert gradient[: 6 * rank].view(rank, 6).any(1).all()
+
+
 def test_changes_nothing_outside_its_subspace():
     layer = randomized(Sylvester(6, rank=2))
     q = formula(layer, layer.raw)[0]
@@ -180,6 +231,8 @@ def test_weights_of_another_schedule_or_rank_are_refused():
     weights = Sylvester(5, rank=2).state_dict()
     with pytest.raises(ValueError, match=r"the layer has crossing\(5\) rank=5"):
         Sylvester(5, schedule=givens.crossing(5)).load_state_dict(weights)
+    with pytest.raises(ValueError, match="the layer has householder rank=2"):
+        Sylvester(5, rank=2, mixing="householder").load_state_dict(weights)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +243,11 @@ def test_weights_of_another_schedule_or_rank_are_refused():
         ({"features": 4, "rank": 5}, r"^rank must be from 1 to 4, got 5\.$"),
         ({"features": 4, "schedule": givens.crossing(5)}, "^schedule must have dimension 4, got "),
         ({"features": 4, "schedule": givens.cosine_sine(4)}, "^schedule must not be degenerate"),
+        ({"features": 4, "mixing": "lu"}, "^mixing must be .* columns of Q orthonormal, got 'lu'"),
+        (
+            {"features": 4, "mixing": "householder", "schedule": givens.crossing(4)},
+            "^schedule must be None for mixing='householder', got crossing",
+        ),
     ],
     ids=str,
 )
