@@ -7,6 +7,7 @@ last bit.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -149,7 +150,8 @@ class RandomizedConv2d(nn.Conv2d):
             padding = (0, 0)
         geometry = self.stride, padding, self.dilation, self.groups
         images = inputs if inputs.ndim == 4 else inputs[None]
-        outputs = _apply(_Conv2d, self.sketch, images, self.weight, self.bias, geometry)
+        arguments = images, self.weight, self.bias, geometry, self.sketch
+        outputs = _uncompiled(_seeded, _Conv2d.apply, *arguments)
         return outputs if inputs.ndim == 4 else outputs[0]
 
     def extra_repr(self) -> str:
@@ -160,7 +162,9 @@ class BitReLU(nn.ReLU):
     """A ReLU that :func:`randomize` has changed: it keeps a bit for each number."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) if _exact(self) else _BitReLU.apply(inputs, self.inplace)
+        if _exact(self):
+            return super().forward(inputs)
+        return _uncompiled(_BitReLU.apply, inputs, self.inplace)
 
 
 _KINDS = {
@@ -187,19 +191,20 @@ def _exact(module: nn.Module) -> bool:
 def _linear(module: nn.Linear, inputs: Tensor, weight: Tensor) -> Tensor:
     if _exact(module) or module.sketch.count(inputs.shape[-1]) is None:
         return functional.linear(inputs, weight, module.bias)
-    return _apply(_Linear, module.sketch, inputs, weight, module.bias)
+    arguments = inputs, weight, module.bias, module.sketch
+    return _uncompiled(_seeded, _Linear.apply, *arguments)
 
 
-def _apply(function: type, sketch: "_Sketch", *arguments: Any) -> Tensor:
+def _uncompiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Compiled code would draw other seeds, and knows no generators of one's own."""
-    call = torch.compiler.disable(_seeded) if torch.compiler.is_compiling() else _seeded
-    return call(function, sketch, *arguments)
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)
+    return function(*arguments)
 
 
-def _seeded(function: type, sketch: "_Sketch", *arguments: Any) -> Tensor:
+def _seeded(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     # Drawn without gradients as well: what is repeated with them must find the same state.
-    seed = int(torch.randint(2**62, (), device="cpu"))
-    return function.apply(*arguments, sketch, seed)
+    return function(*arguments, int(torch.randint(2**62, (), device="cpu")))
 
 
 class _Sketch(NamedTuple):
