@@ -188,7 +188,7 @@ def _two_moons() -> Task:
         unit="KL, nats",
         batch=512,
         steps=300,
-        lr=5e-3,
+        lr=1e-2,
         clip=5.0,
     )
 
@@ -216,7 +216,7 @@ def _digits() -> Task:
         unit="test bits/dim",
         batch=64,
         steps=150,
-        lr=2e-3,
+        lr=1e-2,
         clip=50.0,
     )
 
