@@ -225,7 +225,12 @@ FLOWS = {"two_moons": _two_moons, "digits": _digits}
 
 
 def measure(
-    name: str, keeps: list[float], seeds: list[int], *, steps: int | None = None
+    name: str,
+    keeps: list[float],
+    seeds: list[int],
+    *,
+    steps: int | None = None,
+    seconds: float = 1.0,
 ) -> list[dict]:
     """A row for each way and part to keep: memory, milliseconds of a step, loss of every seed.
 
@@ -234,6 +239,7 @@ def measure(
         keeps: Parts to keep, below 1.
         seeds: Of the flow and its batches.
         steps: Instead of the task's own.
+        seconds: To time each; three turns at least.
     """
     task = FLOWS[name]()
     steps = task.steps if steps is None else steps
@@ -242,12 +248,12 @@ def measure(
     rows += [{"method": memory, "keep": 1.0} for memory in ("checkpoint", "reversible")]
     for row in rows:
         row |= {"flow": name, "unit": task.unit, "batch": task.batch, "steps": steps}
-    _costs(task, rows)
+    _costs(task, rows, seconds)
     whole = rows[0]["saved_mib"]
     for shared in [row for row in rows if row["method"] == "shared"]:
         batch = max(1, round(task.batch * shared["saved_mib"] / whole))
         rows.append(shared | {"method": "smaller batch", "batch": batch})
-    _costs(task, rows[-len(keeps) :])
+    _costs(task, rows[-len(keeps) :], seconds)
     for row in rows:
         if row["method"] not in ("checkpoint", "reversible"):
             row["losses"] = [_train(task, row, seed) for seed in seeds]
@@ -267,7 +273,7 @@ def _flow(task: Task, row: dict, seed: int) -> nn.Module:
     return flow
 
 
-def _costs(task: Task, rows: list[dict]) -> None:
+def _costs(task: Task, rows: list[dict], seconds: float) -> None:
     """Memory and time of a step, in turns."""
     steps = {}
     for k, row in enumerate(rows):
@@ -276,7 +282,7 @@ def _costs(task: Task, rows: list[dict]) -> None:
         steps[k]()  # gradients exist from now on
         row["saved_mib"] = saved_bytes(flow, inputs) / 2**20
         row["peak_mib"] = peak_allocated(steps[k], "cpu") / 2**20
-    for k, time in interleaved(steps, seconds=1).items():
+    for k, time in interleaved(steps, seconds=seconds).items():
         rows[k]["step_ms"] = time
 
 
@@ -308,6 +314,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP), help="below 1")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of training; 300 and 150 by default")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to time each")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--output", type=Path, help="JSON file instead of benchmarks/results/...")
     parser.add_argument("--plot", action="store_true", help="draw the JSON instead of measuring")
@@ -324,7 +331,7 @@ def main() -> None:
     rows = [
         row
         for name in given.flows
-        for row in measure(name, given.keep, given.seeds, steps=given.steps)
+        for row in measure(name, given.keep, given.seeds, steps=given.steps, seconds=given.seconds)
     ]
     file = write_json("randomized_autodiff", rows, device="cpu", path=given.output, paper=paper)
     show_randomized(rows, device_name("cpu"))
