@@ -63,8 +63,10 @@ def randomize(
     ``"reversible"``, repeats its draw. Within ``torch.func`` transforms the layers are exact.
     They have no derivatives of derivatives, and ``torch.compile`` leaves them as they are.
 
-    It serves where such inputs are what memory holds: next to a SiLU, which keeps its own, or in
-    a chain that repeats its layers, there is less to save, and none of the latter's noise.
+    It serves where such inputs are what memory holds, less so next to a SiLU, which keeps its
+    own. Where layers can be repeated, ``memory="checkpoint"`` keeps less, without noise, at more
+    time; and a smaller batch that keeps as much often trains as well
+    (``benchmarks/randomized_autodiff.py``).
 
     Args:
         module: A layer, a conditioner, or a whole flow; changed in place.
