@@ -261,19 +261,15 @@ def draw_randomized(content: dict, path: Path) -> None:
             for row in found[:-1]:
                 low, high = min(row["losses"]), max(row["losses"])
                 axes.plot([row["saved_mib"]] * 2, [low, high], color=colour, linewidth=1, zorder=1)
-        again = next(
-            r for r in content["rows"] if (r["flow"], r["method"]) == (flow, "checkpoint")
-        )
+        again = {row["method"]: row for row in content["rows"] if row["flow"] == flow}[
+            "checkpoint"
+        ]
         star = {"linestyle": "", "marker": "*", "color": "black", "markersize": 14, "zorder": 4}
         axes.plot(exact["saved_mib"], exact["loss"], **star, label="everything")
         # Repeating the layers gives the same gradients, and so the same loss.
         star |= {"markerfacecolor": "white", "clip_on": False}
-        axes.plot(
-            kept["checkpoint"]["saved_mib"],
-            exact["loss"],
-            **star,
-            label="checkpoint: layers repeated",
-        )
+        label = "checkpoint: layers repeated"
+        axes.plot(again["saved_mib"], exact["loss"], **star, label=label)
         axes.set_xlim(left=0)
         axes.set_title(f"{flow.replace('_', ' ')}, {exact['steps']} steps", loc="left")
         axes.set_xlabel("MiB kept for the backward pass", fontsize=11)

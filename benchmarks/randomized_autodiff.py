@@ -1,6 +1,6 @@
 """Loss against memory of flows whose conditioners keep a random part of their inputs.
 
-    python -m benchmarks.randomized_autodiff --threads 1     # both flows, three seeds; 10 minutes
+    python -m benchmarks.randomized_autodiff --threads 1     # both flows, three seeds; 7 minutes
     python -m benchmarks.randomized_autodiff --flows two_moons --seeds 0
     python -m benchmarks.randomized_autodiff --plot          # docs/randomized_autodiff.png
 
