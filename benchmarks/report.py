@@ -16,6 +16,8 @@ __all__ = [
     "show_optimizer_cost",
     "show_optimizers",
     "show_mixing",
+    "show_paper",
+    "show_randomized",
     "show_samples",
     "show_splines",
     "show_steps",
@@ -311,6 +313,46 @@ def show_mixing(rows: list[dict], device: str) -> None:
         if "error" in row:
             text = f"failed: {row['mixing']}, {row['data']}, seed {row['seed']}: {row['error']}"
             console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+def show_paper(rows: list[dict]) -> None:
+    """Randomized layers: for each network a line of the paper, of its count and of ours."""
+    console = _console()
+    keeps = list(dict.fromkeys(row["keep"] for row in rows))
+    heads = ["kept", *(f"{keep:g}" for keep in keeps)]
+    table = _table(console, "MB of a step on 150 rows, with weights", heads)
+    for network in dict.fromkeys(row["network"] for row in rows):
+        table.add_section()
+        table.add_row(network, style="italic")
+        found = {row["keep"]: row for row in rows if row["network"] == network}
+        kinds = {"paper": "the paper's", "accounted": "its count", "measured": "our layers keep"}
+        for kind, label in kinds.items():
+            table.add_row(f"  {label}", *(f"{found[k][f'{kind}_mb']:.2f}" for k in keeps))
+    console.print(table)
+
+
+def show_randomized(rows: list[dict], device: str) -> None:
+    """For each flow a table, a line for each way and part to keep."""
+    console = _console()
+    heads = ["", "part", "batch", "kept MiB", "peak MiB", "step / exact", "loss", "of all seeds"]
+    for flow in dict.fromkeys(row["flow"] for row in rows):
+        found = [row for row in rows if row["flow"] == flow]
+        heads[6] = found[0]["unit"]
+        title = f"{flow.replace('_', ' ')}, {found[0]['steps']} steps, {device}"
+        table = _table(console, title, heads)
+        before = None
+        for row in found:
+            if row["method"] != before:
+                table.add_section()
+            before = row["method"]
+            losses = row.get("losses", [])
+            table.add_row(
+                row["method"],
+                f"{row['keep']:g}",
+                str(row["batch"]),
+                *(_number(row[key]) for key in ("saved_mib", "peak_mib", "step_over_exact")),
+                f"{row['loss']:.4f}" if losses else "as exact",
+                f"{min(losses):.4f} to {max(losses):.4f}" if losses else EMPTY,
+            )
+        console.print(table)
 
 
 def _left_out(console: Console, rows: list[dict], where: str) -> None:

@@ -12,6 +12,7 @@ from flows.nets.hats import Hats
 from flows.nets.labels import OneHot
 from flows.nets.made import MADE
 from flows.nets.mlp import MLP
+from flows.nets.randomized import randomize
 from flows.nets.standardized_context import StandardizedContext
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "Hats",
     "OneHot",
     "StandardizedContext",
+    "randomize",
 ]
