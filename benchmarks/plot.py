@@ -5,8 +5,14 @@ from pathlib import Path
 
 from benchmarks.report import IMAGES
 
-__all__ = ["draw", "draw_images", "draw_memory", "draw_optimizers", "draw_toy_densities"]
-__all__ = ["draw", "draw_images", "draw_memory", "draw_randomized", "draw_toy_densities"]
+__all__ = [
+    "draw",
+    "draw_images",
+    "draw_memory",
+    "draw_optimizers",
+    "draw_randomized",
+    "draw_toy_densities",
+]
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours are the strong ones.
 LINES = {
@@ -35,6 +41,11 @@ MEMORY = {
     "checkpoint": ("#0072B2", "s"),
     "reversible": ("#D55E00", "^"),
 }
+RANDOMIZED = {
+    "per sample": ("a part of each row", "#D55E00", "^"),
+    "shared": ("the same part of all rows", "#0072B2", "s"),
+    "smaller batch": ("all of fewer rows", "#777777", "o"),
+}
 OPTIMIZERS = {
     "AdamW": "#000000",
     "Adam": "#777777",
@@ -48,10 +59,6 @@ SCORES = {
     "checkerboard": "checkerboard, KL in nats",
     "breast_cancer": "breast cancer, nats above the best",
     "digits": "digits, bits per dimension",
-RANDOMIZED = {
-    "per sample": ("a part of each row", "#D55E00", "^"),
-    "shared": ("the same part of all rows", "#0072B2", "s"),
-    "smaller batch": ("all of fewer rows", "#777777", "o"),
 }
 
 
@@ -240,10 +247,66 @@ def draw_images(content: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_optimizers(content: dict, chosen: dict[tuple[str, str, str], dict], path: Path) -> None:
-    """A panel for each task: the validation score of each optimizer against the seconds."""
 def draw_randomized(content: dict, path: Path) -> None:
     """A panel for each flow: loss against what a step keeps, a line for each way to keep less."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    flows = list(dict.fromkeys(row["flow"] for row in content["rows"]))
+    figure, panels = plt.subplots(
+        1,
+        len(flows),
+        figsize=(4.8 * len(flows), 4.2),
+        dpi=150,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, flow in zip(panels[0], flows, strict=True):
+        rows = [row for row in content["rows"] if row["flow"] == flow and row.get("losses")]
+        exact = next(row for row in rows if row["method"] == "exact")
+        for method, (label, colour, marker) in RANDOMIZED.items():
+            found = sorted(
+                (row for row in rows if row["method"] == method), key=lambda row: row["saved_mib"]
+            )
+            found.append(exact)
+            axes.plot(
+                [row["saved_mib"] for row in found],
+                [row["loss"] for row in found],
+                color=colour,
+                marker=marker,
+                linewidth=2.4 if method == "per sample" else 1.6,
+                label=label,
+            )
+            for row in found[:-1]:
+                low, high = min(row["losses"]), max(row["losses"])
+                axes.plot([row["saved_mib"]] * 2, [low, high], color=colour, linewidth=1, zorder=1)
+        again = {row["method"]: row for row in content["rows"] if row["flow"] == flow}[
+            "checkpoint"
+        ]
+        star = {"linestyle": "", "marker": "*", "color": "black", "markersize": 14, "zorder": 4}
+        axes.plot(exact["saved_mib"], exact["loss"], **star, label="everything")
+        # Repeating the layers gives the same gradients, and so the same loss.
+        star |= {"markerfacecolor": "white", "clip_on": False}
+        label = "checkpoint: layers repeated"
+        axes.plot(again["saved_mib"], exact["loss"], **star, label=label)
+        axes.set_xlim(left=0)
+        axes.set_title(f"{flow.replace('_', ' ')}, {exact['steps']} steps", loc="left")
+        axes.set_xlabel("MiB kept for the backward pass", fontsize=11)
+        axes.set_ylabel(f"{exact['unit']}, lower is better", fontsize=11)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_optimizers(content: dict, chosen: dict[tuple[str, str, str], dict], path: Path) -> None:
+    """A panel for each task: the validation score of each optimizer against the seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,11 +317,6 @@ def draw_randomized(content: dict, path: Path) -> None:
         1,
         len(tasks),
         figsize=(4.2 * len(tasks), 4.2),
-    flows = list(dict.fromkeys(row["flow"] for row in content["rows"]))
-    figure, panels = plt.subplots(
-        1,
-        len(flows),
-        figsize=(4.8 * len(flows), 4.2),
         dpi=150,
         layout="constrained",
         squeeze=False,
@@ -299,43 +357,6 @@ def draw_randomized(content: dict, path: Path) -> None:
         x=0.01,
         ha="left",
     )
-    for axes, flow in zip(panels[0], flows, strict=True):
-        rows = [row for row in content["rows"] if row["flow"] == flow and row.get("losses")]
-        exact = next(row for row in rows if row["method"] == "exact")
-        for method, (label, colour, marker) in RANDOMIZED.items():
-            found = sorted(
-                (row for row in rows if row["method"] == method), key=lambda row: row["saved_mib"]
-            )
-            found.append(exact)
-            axes.plot(
-                [row["saved_mib"] for row in found],
-                [row["loss"] for row in found],
-                color=colour,
-                marker=marker,
-                linewidth=2.4 if method == "per sample" else 1.6,
-                label=label,
-            )
-            for row in found[:-1]:
-                low, high = min(row["losses"]), max(row["losses"])
-                axes.plot([row["saved_mib"]] * 2, [low, high], color=colour, linewidth=1, zorder=1)
-        again = {row["method"]: row for row in content["rows"] if row["flow"] == flow}[
-            "checkpoint"
-        ]
-        star = {"linestyle": "", "marker": "*", "color": "black", "markersize": 14, "zorder": 4}
-        axes.plot(exact["saved_mib"], exact["loss"], **star, label="everything")
-        # Repeating the layers gives the same gradients, and so the same loss.
-        star |= {"markerfacecolor": "white", "clip_on": False}
-        label = "checkpoint: layers repeated"
-        axes.plot(again["saved_mib"], exact["loss"], **star, label=label)
-        axes.set_xlim(left=0)
-        axes.set_title(f"{flow.replace('_', ' ')}, {exact['steps']} steps", loc="left")
-        axes.set_xlabel("MiB kept for the backward pass", fontsize=11)
-        axes.set_ylabel(f"{exact['unit']}, lower is better", fontsize=11)
-        axes.grid(axis="y", color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -313,6 +313,8 @@ def show_mixing(rows: list[dict], device: str) -> None:
         if "error" in row:
             text = f"failed: {row['mixing']}, {row['data']}, seed {row['seed']}: {row['error']}"
             console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_paper(rows: list[dict]) -> None:
     """Randomized layers: for each network a line of the paper, of its count and of ours."""
     console = _console()

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from flows.checks import check_at_least, check_positive
+from flows.nets.randomized import RandomizedConv2d, RandomizedLinear, RandomizedMaskedLinear
 from flows.optim.capture import Capture, Pass
 from flows.optim.layers import MatrixLayer, matrix_layers, param_groups_for
 from flows.optim.statistics import total
 
 __all__ = ["Preconditioned", "refreshes"]
+
+RANDOMIZED = RandomizedConv2d, RandomizedLinear, RandomizedMaskedLinear
 
 
 class Preconditioned(Optimizer, ABC):
@@ -71,6 +74,12 @@ class Preconditioned(Optimizer, ABC):
             raise ValueError("nesterov needs a momentum above 0, got 0.")
         if follow not in ("sgd", "adam"):
             raise ValueError(f"follow must be 'sgd' or 'adam', got {follow!r}.")
+        for name, part in module.named_modules():
+            if isinstance(part, RANDOMIZED):
+                raise ValueError(
+                    f"{type(self).__name__} needs the inputs of layers, of which randomized ones "
+                    f"keep a part: got {name} ({type(part).__name__})."
+                )
         if samples:
             _check_samples_apart(self, module)
         self.layers = matrix_layers(module, max_dim=max_dim, exclude=exclude)

@@ -176,6 +176,8 @@ class ProxProp(Preconditioned):
 def _solve(gram: Tensor, damping: float, gradient: Tensor) -> Tensor:
     """X of X (gram + damping I) = gradient, by Cholesky in float64: gram is nearly singular."""
     wide = gram if gram.device.type == "mps" else gram.double()
+    # As much as rounding may have taken from the smallest eigenvalues of a large one.
+    damping = damping + torch.finfo(gram.dtype).eps * wide.trace()
     factor = torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
     return torch.cholesky_solve(gradient.to(wide).mT, factor).mT.to(gradient.dtype)
 

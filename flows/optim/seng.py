@@ -204,6 +204,8 @@ class SENG(Preconditioned):
 def _factor(gram: Tensor, damping: float) -> Tensor:
     """Cholesky factor of damping I + U U^T, in float64: U U^T is nearly singular."""
     wide = gram if gram.device.type == "mps" else gram.double()
+    # As much as rounding may have taken from the smallest eigenvalues of a large one.
+    damping = damping + torch.finfo(gram.dtype).eps * wide.trace()
     return torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
 
 

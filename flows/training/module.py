@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flows.checks import check_at_least, check_positive
 from flows.flow import DensityModel
+from flows.nets import randomize
 from flows.objectives import bits_per_dim
 from flows.optim.preconditioned import Preconditioned
 from flows.training.averaging import ParameterAverage
@@ -44,6 +45,8 @@ class DensityEstimator(LightningModule):
         optimizer: Makes the optimizer of the flow, one of :mod:`flows.optim`, which has its own
             learning rate for the conditioners' matrices and leaves all other parameters to
             AdamW; None for AdamW alone. As an option: ``--model.optimizer NGPlus``.
+        keep: Part of their inputs that the conditioners' layers keep for the gradients of their
+            weights, in (0, 1]: below 1 as :func:`flows.nets.randomize` does it, for less memory.
         ema_decay: Decay per step of a moving average of the parameters, for example 0.999;
             validation, test and checkpoints then use the average. 0 for none.
         early_stopping_patience: Validations in a row without a better val/nll after which
@@ -62,6 +65,7 @@ class DensityEstimator(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
         optimizer: Callable[[nn.Module], Preconditioned] | None = None,
+        keep: float = 1.0,
         ema_decay: float = 0.0,
         early_stopping_patience: int | None = None,
         recenter_every_n_epochs: int | None = None,
@@ -79,6 +83,8 @@ class DensityEstimator(LightningModule):
         )
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
+        if keep != 1.0:
+            randomize(flow, keep)
         if optimizer is not None:
             if weight_decay:
                 raise ValueError(
@@ -100,6 +106,7 @@ class DensityEstimator(LightningModule):
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.optimizer = optimizer
+        self.keep = keep
         self.ema_decay = ema_decay
         self.early_stopping_patience = early_stopping_patience
         self.recenter_every_n_epochs = recenter_every_n_epochs

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from flows import Composite, Flow, SplineCoupling
 from flows.distributions import Normal
-from flows.nets import MADE, MLP, ConvNet
+from flows.nets import MADE, MLP, ConvNet, randomize
 from flows.optim import SENG, NGPlus, ProxProp, param_groups_for
 from flows.optim.layers import BUDGET, matrix_layers
 from flows.recipes import Glow, MaskedSplineFlow, RotationSplineFlow
@@ -670,6 +670,10 @@ BAD = {
     "batch norm, SENG": (
         lambda: SENG(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
         "batch norm",
+    ),
+    "randomized": (
+        lambda: NGPlus(randomize(MLP(2, 2), keep=0.5)),
+        r"inputs of layers, of which randomized .* got first \(RandomizedLinear\)",
     ),
     "lr": (lambda: NGPlus(nn.Linear(2, 2), lr=0.0), "lr"),
     "adamw_lr": (lambda: SENG(nn.Linear(2, 2), adamw_lr=-1.0), "adamw_lr"),

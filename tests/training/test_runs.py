@@ -131,8 +131,9 @@ def test_the_sample_command_writes(run, tmp_path, suffix, capsys):
             "--model.early_stopping_patience=4",
         ],
         ["--model.optimizer=NGPlus", "--model.optimizer.refresh_every=7"],
+        ["--model.keep=0.3"],
     ],
-    ids=["plain", "averaged, recentered, with patience", "NG+"],
+    ids=["plain", "averaged, recentered, with patience", "NG+", "randomized"],
 )
 def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path, options):
     whole = fit(tmp_path / "whole", *SMALL, *options) if options else run
@@ -244,6 +245,11 @@ def test_help_fits_a_screen(capsys):
         "optimizer and its decay": (
             ["--model.optimizer=NGPlus", "--model.weight_decay=0.1"],
             ["weight_decay belongs to the optimizer", "0.1"],
+        ),
+        "keep": (["--model.keep=0"], ["keep must be greater than 0", "got 0"]),
+        "optimizer of randomized layers": (
+            ["--model.optimizer=NGPlus", "--model.keep=0.5"],
+            ["NGPlus needs the inputs of layers", "RandomizedLinear"],
         ),
         "optimizer out of range": (
             ["--model.optimizer=NGPlus", "--model.optimizer.damping=-1"],
