@@ -411,6 +411,6 @@ DENSITIES: dict[str, Density] = {
 
 POSTERIORS: dict[str, MixtureMeans] = {
     "two_means": MixtureMeans(
-        (-1.9, -1.2, -0.6, 1.1, 1.7, 2.0, 2.6, 3.1), (0.4, 0.6), sd=0.7, prior_sd=2.5
+        (-2.6, -2.1, -1.7, 0.1, 0.6, 2.0, 2.4, 2.9), (0.4, 0.6), sd=0.7, prior_sd=2.5
     ),
 }

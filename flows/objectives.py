@@ -176,10 +176,13 @@ def siwae(
 
     .. math:: \log \frac1T \sum_t \sum_k \alpha_k \frac{p(x_{tk})}{q(x_{tk})}
 
-    whose mean lies between those of :func:`selbo` and :math:`\log Z`. It suffers less than
-    :func:`elbo` from a component that is where p has nothing, and so does not press
-    the components together. With one component it is :func:`iwae`. Arguments, shapes and
-    errors are those of :func:`elbo`.
+    whose mean lies between those of :func:`selbo` and :math:`\log Z`. A component where p has
+    nothing costs it little, so components stay where they found a mode. For the same reason it
+    is content with a flow that is merely good to weigh samples from: of components that do not
+    overlap the weights cancel, and are not learned. :func:`selbo` then finishes the work.
+
+    With one component it is :func:`iwae`. Arguments, shapes and errors are those of
+    :func:`elbo`.
 
     Example:
         >>> from flows.recipes import VolumePreservingFlow
