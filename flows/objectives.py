@@ -110,7 +110,7 @@ def iwae(
     context: Tensor | None = None,
     repeats: int | None = None,
 ) -> Tensor:
-    r"""Importance-weighted bound :math:`E \log \frac1T \sum_t p(x_t) / q(x_t) \le \log Z`.
+    r"""Importance-weighted bound :math:`E\,\log \frac1T \sum_t p(x_t) / q(x_t) \le \log Z`.
 
     T is ``num_samples``; T = 1 is :func:`elbo`, and more draws make it tighter, the bound
     tending to :math:`\log Z`. Arguments, shapes and errors are those of :func:`elbo`.
@@ -143,10 +143,10 @@ def selbo(
 
     .. math:: \sum_k \alpha_k \frac1T \sum_t [\log p(x_{tk}) - \log q(x_{tk})]
 
-    Its mean is that of :func:`elbo`, its variance smaller, and the weights :math:`\alpha` learn.
-    The K T draws pass the transform together; q is the density of the whole mixture, which
-    takes no other pass. A flow with any other base has one component. Arguments, shapes and
-    errors are those of :func:`elbo`.
+    Its mean is that of :func:`elbo`, and the weights :math:`\alpha` learn. The K T draws pass
+    the transform together; q is the density of the whole mixture, which takes no other pass. A
+    flow with any other base has one component. Arguments, shapes and errors are those of
+    :func:`elbo`.
 
     Example:
         >>> from flows.recipes import VolumePreservingFlow
