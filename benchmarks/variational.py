@@ -142,6 +142,7 @@ def main() -> None:
         torch.set_num_threads(row["threads"])
         print(json.dumps(run(row)))
         return
+    torch.set_num_threads(given.threads)
     rows = [
         {
             "density": "two_means",
