@@ -169,7 +169,7 @@ def show(rows: list[dict]) -> None:
     table = Table()
     heads = ("", "", "KL(p, q)", "range", "KL(q, p)", "smaller mode", "efficiency", "steps")
     for head in heads:
-        table.add_column(head)
+        table.add_column(head, no_wrap=True)
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if "error" in row:
@@ -188,7 +188,7 @@ def show(rows: list[dict]) -> None:
             f"{row['efficiency']:.2f}",
             f"{row['steps']:,}",
         )
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -177,9 +177,9 @@ def siwae(
     .. math:: \log \frac1T \sum_t \sum_k \alpha_k \frac{p(x_{tk})}{q(x_{tk})}
 
     whose mean lies between those of :func:`selbo` and :math:`\log Z`. A component where p has
-    nothing costs it little, so components stay where they found a mode. For the same reason it
-    is content with a flow that is merely good to weigh samples from: of components that do not
-    overlap the weights cancel, and are not learned. :func:`selbo` then finishes the work.
+    nothing costs it little, so modes are lost less easily. For the same reason it is content
+    with a flow that is merely good to weigh samples from: of components that do not overlap
+    the weights cancel, and are not learned.
 
     With one component it is :func:`iwae`. Arguments, shapes and errors are those of
     :func:`elbo`.
@@ -236,7 +236,8 @@ def importance_sample(
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     r"""How many draws of the target weighted ones are worth: :math:`(\sum w)^2 / \sum w^2`.
 
-    n where all n weights are equal, near 1 where one outweighs the others.
+    n where all n weights are equal, near 1 where one outweighs the others. It cannot tell of
+    modes that no draw has found: a flow that lost one may look as good as one that did not.
 
     Args:
         log_weights: Up to a constant, as of :func:`importance_sample`.
