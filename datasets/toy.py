@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from datasets.base import DataModule, EpochLoader, seeded_generator
-from datasets.densities import DENSITIES, Density
+from datasets.densities import DENSITIES, POSTERIORS, Density
 
 __all__ = [
     "DENSITIES",
+    "POSTERIORS",
     "Banana",
     "Checkerboard",
     "Circles",
@@ -17,6 +18,7 @@ __all__ = [
     "SwissRoll",
     "Toy",
     "TwentyFiveGaussians",
+    "TwoMeans",
     "TwoMoons",
     "TwoSpirals",
 ]
@@ -156,3 +158,12 @@ class Banana(Toy):
     """A Gaussian bent along a parabola."""
 
     density = DENSITIES["banana"]
+
+
+class TwoMeans(Toy):
+    """Posterior of the means of two normals given eight draws from their mixture: two modes.
+
+    Its unnormalized log density is what ``model.objective`` trains a flow on.
+    """
+
+    density = POSTERIORS["two_means"]

@@ -2,7 +2,15 @@
 
 from flows import diagnostics, distributions, givens, householder, nets, optim, recipes, transforms
 from flows.flow import Flow, load
-from flows.objectives import bits_per_dim
+from flows.objectives import (
+    bits_per_dim,
+    effective_sample_size,
+    elbo,
+    importance_sample,
+    iwae,
+    selbo,
+    siwae,
+)
 from flows.parametrize import orthogonal
 from flows.transforms import (
     ActNorm,
@@ -70,12 +78,18 @@ __all__ = [
     "bits_per_dim",
     "diagnostics",
     "distributions",
+    "effective_sample_size",
+    "elbo",
     "givens",
     "householder",
+    "importance_sample",
+    "iwae",
     "load",
     "nets",
     "optim",
     "orthogonal",
     "recipes",
+    "selbo",
+    "siwae",
     "transforms",
 ]

@@ -409,6 +409,67 @@ def test_a_mixture_learns_two_clusters():
     torch.testing.assert_close(means, centres, atol=0.05, rtol=0)
 
 
+MIXTURES = {name: make for name, make in LAWS.items() if "mixture" in name}
+each_mixture = pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+
+
+@each_shape
+@each_mixture
+def test_strata_have_points_of_every_component(make, shape):
+    law, rows = build(make, shape), 4
+    context = contexts(law, rows)
+    for num_samples in (0, 1, 3):
+        points, log_weights = law.rsample_stratified(num_samples, context)
+        leading = () if context is None else (rows,)
+        assert points.shape == (*leading, num_samples, law.components, *shape)
+        assert log_weights.shape == (*leading, law.components)
+    # A context that the law ignores has rows all the same.
+    if law.net is None:
+        points, log_weights = law.rsample_stratified(2, torch.zeros(rows, CONTEXT))
+        assert points.shape == (rows, 2, law.components, *shape)
+        assert log_weights.shape == (rows, law.components)
+
+
+@each_mixture
+def test_strata_follow_the_components_of_each_row(make):
+    law, num_samples = build(make, (2,)), 4000
+    context = contexts(law, 3)
+    points, log_weights = law.rsample_stratified(num_samples, context)
+    if context is None:
+        points, log_weights = points.unsqueeze(0), log_weights.unsqueeze(0)
+    for row in range(len(points)):
+        one = None if context is None else context[row : row + 1]
+        mixture = expected_law(law, one)
+        normals = mixture.component_distribution.base_dist
+        torch.testing.assert_close(log_weights[row], mixture.mixture_distribution.logits)
+        error = normals.stddev / num_samples**0.5
+        assert ((points[row].mean(0) - normals.mean).abs() < 4.5 * error).all()
+        assert ((points[row].std(0) - normals.stddev).abs() < 4.5 * error).all()
+        # Weighted, they have the mean of any function under the whole mixture.
+        values = points[row].square().sum(-1) @ log_weights[row].exp()
+        expected = (mixture.variance + mixture.mean.square()).sum()
+        assert (values.mean() - expected).abs() < 4 * values.std() / num_samples**0.5
+
+
+@each_mixture
+def test_strata_carry_gradients_to_all_parameters(make):
+    law = build(make, (2,))
+    points, log_weights = law.rsample_stratified(5, contexts(law, 3))
+    (points.square().sum(-1) * log_weights.unsqueeze(-2).exp()).sum().backward()
+    for name, parameter in law.named_parameters():
+        assert parameter.grad.isfinite().all()
+        # The weight of a single component is 1, whatever its logit.
+        assert parameter.grad.any() or (law.components == 1 and name == "logits")
+
+
+def test_strata_refuse_what_samples_refuse():
+    law = build(MIXTURES["mixture, context"], (2,))
+    with pytest.raises(ValueError, match="^num_samples must be at least 0, got -1"):
+        law.rsample_stratified(-1, contexts(law, 2))
+    with pytest.raises(ValueError, match="^context must have a row per sample, .* got None"):
+        law.rsample_stratified(2)
+
+
 def test_logistic_is_finite_where_its_density_is_not():
     law, x = Logistic(1), torch.tensor([[-1e4], [1e4]], requires_grad=True)
     torch.testing.assert_close(law.log_prob(x), torch.tensor([-1e4, -1e4]))

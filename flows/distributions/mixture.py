@@ -26,7 +26,8 @@ class GaussianMixture(Distribution):
     of each row of context: what the net makes of it is added to the learned numbers.
 
     A temperature multiplies the standard deviation of each component around its own mean.
-    Samples carry gradients to means and scales, none to the weights.
+    Samples carry gradients to means and scales, none to the weights; where these are to learn
+    from samples, :meth:`rsample_stratified` draws from every component.
 
     Args:
         shape: Shape of one sample; an int for vectors.
@@ -78,6 +79,33 @@ class GaussianMixture(Distribution):
             row = torch.arange(rows[0], device=like.device).unsqueeze(1)
             chosen = (row, (log_weights.unsqueeze(1) - times.log()).argmax(-1))
         return means[chosen] + temperature * scales[chosen] * torch.randn_like(like)
+
+    def rsample_stratified(
+        self, num_samples: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Points of every component, not of components by chance, and the log weights.
+
+        With points :math:`z_{tk} \sim N(\mu_k, \mathrm{diag}\,\sigma_k^2)`, t = 1 to T, the
+        mean of any function g is that of :math:`\frac1T \sum_{tk} w_k\, g(z_{tk})`, whose
+        gradients reach weights, means and scales alike.
+
+        Args:
+            num_samples: T, points of each component.
+            context: As in :meth:`sample`.
+
+        Returns:
+            Points (num_samples, components, *shape) and log weights (components,); with
+            context (rows, num_samples, components, *shape) and (rows, components).
+        """
+        check_at_least(0, num_samples=num_samples)
+        means, scales, log_weights = self.mixture(context)
+        rows = () if context is None else (len(context),)
+        noise = torch.randn_like(
+            self.anchor.expand(*rows, num_samples, self.components, *self.shape)
+        )
+        if self.net is not None:
+            means, scales = means.unsqueeze(1), scales.unsqueeze(1)
+        return means + scales * noise, log_weights.expand(*rows, self.components)
 
     def mixture(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Means and scales (components, *shape) and log weights (components,).

@@ -21,6 +21,7 @@ from flows.training.inversion import InversionError, reversible_chains
 from flows.training.recenter import Recenter, recentered_layers
 from flows.training.stopping import Patience
 from flows.training.totals import Totals
+from flows.training.variational import BOUNDS, Objective, check_target, guarded_bound
 
 __all__ = ["DensityEstimator"]
 
@@ -35,6 +36,11 @@ class DensityEstimator(LightningModule):
     module knows its ``density`` or ``grey_levels``, ``.../kl`` (nats) or
     ``.../bits_per_dim``; ``test/kl_error`` is the standard error of ``test/kl``. Where the flow
     recovers inputs (``memory="reversible"``), ``train/inversion_error`` says how well.
+
+    With an ``objective`` training maximizes that bound of log Z instead, which makes the flow
+    learn the ``density`` of the data module, known up to a constant, by reverse KL:
+    ``train/<objective>`` is logged in place of ``train/nll``, and of training batches only the
+    number of rows counts. Validation and test stay what they are.
 
     Args:
         flow: A Flow, or another module with its forward, ``log_prob`` and ``sample``.
@@ -54,7 +60,12 @@ class DensityEstimator(LightningModule):
         recenter_every_n_epochs: Epochs after which rotations take what they learned into
             their base, which keeps angles small; None for never.
         initial_rows: Training rows from which data-dependent layers (ActNorm, EmpiricalCDF)
-            are initialized before the first step.
+            are initialized before the first step; 0 leaves them as they are.
+        objective: ``"elbo"``, ``"iwae"``, ``"selbo"`` or ``"siwae"``, the bound of
+            :mod:`flows.objectives` to maximize, one for every row of a training batch; None
+            for maximum likelihood.
+        objective_samples: Draws of each bound, or, for ``"selbo"`` and ``"siwae"``, of each
+            component of the base.
     """
 
     def __init__(
@@ -70,6 +81,8 @@ class DensityEstimator(LightningModule):
         early_stopping_patience: int | None = None,
         recenter_every_n_epochs: int | None = None,
         initial_rows: int = 2048,
+        objective: Objective | None = None,
+        objective_samples: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(flow, DensityModel):
@@ -81,6 +94,11 @@ class DensityEstimator(LightningModule):
         check_at_least(
             0, warmup_steps=warmup_steps, weight_decay=weight_decay, initial_rows=initial_rows
         )
+        if objective is not None and objective not in BOUNDS:
+            raise ValueError(
+                f"objective must be None or one of {', '.join(BOUNDS)}, got {objective!r}."
+            )
+        check_at_least(1, objective_samples=objective_samples)
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}.")
         if keep != 1.0:
@@ -111,6 +129,8 @@ class DensityEstimator(LightningModule):
         self.early_stopping_patience = early_stopping_patience
         self.recenter_every_n_epochs = recenter_every_n_epochs
         self.initial_rows = initial_rows
+        self.objective = objective
+        self.objective_samples = objective_samples
         # Nested {class_path, init_args} of the flow, set by train.py: with it `flows.load`
         # builds the flow anew.
         self.flow_config: dict[str, Any] | None = None
@@ -130,6 +150,8 @@ class DensityEstimator(LightningModule):
         check_splits(self.flow, data)
         self.flow.train()
         show_rows(self.flow, data, self.initial_rows)
+        if self.objective is not None:
+            check_target(self.flow, data, self.objective)
         self._initialized = True
 
     def setup(self, stage: str) -> None:
@@ -140,6 +162,8 @@ class DensityEstimator(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         what = f"training diverged in epoch {self.current_epoch}, step {self.global_step}"
+        if self.objective is not None:
+            return self._variational_loss(len(batch[0]), what)
         log_prob = self._guarded_log_prob(batch, what)
         nll = -log_prob.mean()
         self._totals["train"].add("nll", -log_prob)
@@ -148,6 +172,20 @@ class DensityEstimator(LightningModule):
             name, value = "bits/dim", self._bits(log_prob.detach(), batch[0]).mean()
         self.log(name, value, prog_bar=True, logger=False, batch_size=len(log_prob))
         return nll
+
+    def _variational_loss(self, rows: int, what: str) -> Tensor:
+        name, data = self.objective, self.trainer.datamodule
+        try:
+            bounds = guarded_bound(name, self.flow, data, self.objective_samples, rows, what)
+        except FloatingPointError as error:
+            if self.trainer.world_size == 1:
+                raise
+            self._diverged = f"process {self.global_rank}: {error}"
+            return sum(parameter.sum() for parameter in self.flow.parameters()) * math.nan
+        self._totals["train"].add(name, bounds)
+        value = bounds.detach().mean()
+        self.log(name, value, prog_bar=True, logger=False, batch_size=rows)
+        return -bounds.mean()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # In float16 a scaler finds such gradients itself and leaves the step out.
