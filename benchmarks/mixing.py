@@ -21,10 +21,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from benchmarks.race import race, train
+from benchmarks.race import CLOCKS, race, train
 from benchmarks.report import show_mixing
 from benchmarks.timing import device_name, write_json
-from benchmarks.toy_density import CLOCKS, MODELS, TEST, kl_divergence
+from benchmarks.toy_density import MODELS, TEST, kl_divergence
 from datasets.densities import DENSITIES
 from datasets.images import Digits
 from flows.flow import Flow

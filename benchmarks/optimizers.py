@@ -1,6 +1,6 @@
-"""Optimizers on our own flows, after equal wall time and after equal steps.
+"""Optimizers on our own flows, after equal time and after equal steps.
 
-    python -m benchmarks.optimizers --threads 1 --at-once 2           # 40 minutes
+    python -m benchmarks.optimizers --threads 1 --at-once 2 --clock processor    # 40 minutes
     python -m benchmarks.optimizers --tasks breast_cancer --seeds 0 --output cancer.json
     python -m benchmarks.optimizers --plot                            # docs/optimizers.png
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import flows
 from benchmarks.plot import draw_optimizers
-from benchmarks.race import race, train
+from benchmarks.race import CLOCKS, race, train
 from benchmarks.report import show_optimizers
 from benchmarks.timing import device_name, read_json, write_json
 from flows.objectives import bits_per_dim
@@ -173,6 +173,7 @@ def run(row: dict) -> dict:
         task.batches(),
         seconds=row["seconds"],
         steps=row["steps"] if row["budget"] == "steps" else None,
+        clock=CLOCKS[row["clock"]],
         lr=task.lr,
         clip=task.clip,
         validate=lambda flow: task.score(flow, "val"),
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what a second is")
     parser.add_argument("--scale", type=float, default=1.0, help="times seconds and steps")
     parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument("--at-once", type=int, default=1, help="processes side by side")
@@ -234,6 +236,7 @@ def main() -> None:
             "budget": budget,
             "seconds": TASKS[task][1] * given.scale,
             "steps": round(TASKS[task][2] * given.scale),
+            "clock": given.clock,
             "threads": given.threads,
         }
         for seed in given.seeds

@@ -17,7 +17,6 @@ and 0.02 and 2048. normflows' layers are much like nflows' and take their number
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plot import draw_toy_densities
-from benchmarks.race import race, train
+from benchmarks.race import CLOCKS, race, train
 from benchmarks.report import show_toy_densities
 from benchmarks.timing import device_name, read_json, write_json
 from datasets.densities import DENSITIES, Density
@@ -38,7 +37,6 @@ FIGURE = Path(__file__).parents[1] / "docs" / "toy_density.png"
 # Points are drawn so many at a time and then cut into batches, which is cheaper.
 POOL = 2**16
 TEST = 100_000
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 class Standardized(nn.Module):
