@@ -25,7 +25,7 @@ class SENG(Preconditioned):
 
     .. math:: D = \frac1\lambda \left(g - U^T (\lambda I + U U^T)^{-1} U g\right),
 
-    whose factor is kept for ``refresh_every`` steps, and U with it: B d numbers for every layer,
+    whose inverse is kept for ``refresh_every`` steps, and U with it: B d numbers for every layer,
     or B (i + 1 + o) for a linear layer that is called once per sample. With ``sketch``,
     products over more columns than that are estimated from so many, drawn without
     replacement at every refresh: both :math:`U U^T` and :math:`U g` are multiplied by d over
@@ -80,7 +80,7 @@ class SENG(Preconditioned):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        damping: float = 0.1,
+        damping: float = 1.0,
         refresh_every: int = 100,
         sketch: int | None = None,
         adamw_lr: float | None = None,
@@ -98,7 +98,7 @@ class SENG(Preconditioned):
             check_at_least(1, sketch=sketch)
         self._sketch = sketch
         self._found: dict[MatrixLayer, list[Pass]] = {}
-        self._factors: dict[MatrixLayer, Tensor] = {}
+        self._inverses: dict[MatrixLayer, Tensor] = {}
         matrices = {
             "lr": lr,
             "momentum": momentum,
@@ -150,7 +150,7 @@ class SENG(Preconditioned):
                 self._tell_non_finite(layer)
                 continue
             self.state[layer.weight].update(state)
-            self._factors[layer] = _factor(gram, group["damping"])
+            self._inverses[layer] = _inverse(gram, group["damping"])
 
     def _rows(self, layer: MatrixLayer, found: list[Pass]) -> dict[str, Tensor]:
         """U, as factors where a sample's gradient is one outer product; and the columns."""
@@ -189,24 +189,23 @@ class SENG(Preconditioned):
         if "damping" not in state:
             return torch.zeros_like(gradient)
         samples = _samples(state, layer)
-        if layer not in self._factors:
-            self._factors[layer] = _factor(samples.gram(), state["damping"])
-        factor = self._factors[layer]
-        products = samples.times(gradient).to(factor).unsqueeze(1)
-        weights = torch.cholesky_solve(products, factor).squeeze(1)
-        return (gradient - samples.combine(weights.to(gradient.dtype))) / state["damping"]
+        if layer not in self._inverses:
+            self._inverses[layer] = _inverse(samples.gram(), state["damping"])
+        weights = self._inverses[layer] @ samples.times(gradient)
+        return (gradient - samples.combine(weights)) / state["damping"]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self._factors.clear()
+        self._inverses.clear()
 
 
-def _factor(gram: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of damping I + U U^T, in float64: U U^T is nearly singular."""
+def _inverse(gram: Tensor, damping: float) -> Tensor:
+    """(damping I + U U^T)^-1 by Cholesky, in float64: U U^T is nearly singular."""
     wide = gram if gram.device.type == "mps" else gram.double()
     # As much as rounding may have taken from the smallest eigenvalues of a large one.
     damping = damping + torch.finfo(gram.dtype).eps * wide.trace()
-    return torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
+    factor = torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
+    return torch.cholesky_inverse(factor).to(gram.dtype)
 
 
 def _samples(state: dict[str, Tensor], layer: MatrixLayer) -> "_Rows | _Factors":
