@@ -31,7 +31,7 @@ def cost(names: list[str], turns: int) -> list[dict]:
     def steps(name: str) -> Callable[[], None]:
         torch.manual_seed(0)
         flow, batches = task.make_flow().train(), task.batches()
-        optimizer = make_optimizer(name, task, SETTINGS.get(name, {}).get("digits", {}), flow)
+        optimizer = make_optimizer(name, task, SETTINGS[name]["digits"], flow)
 
         def many() -> None:
             for _ in range(STEPS):

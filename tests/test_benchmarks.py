@@ -241,7 +241,7 @@ def test_every_optimizer_moves_every_parameter_of_its_task(name):
     task = optimizers.Task("breast_cancer")
     flow = task.make_flow()
     before = [parameter.detach().clone() for parameter in flow.parameters()]
-    settings = optimizers.SETTINGS.get(name, {}).get("breast_cancer", {})
+    settings = optimizers.SETTINGS[name]["breast_cancer"]
     optimizer = optimizers.make_optimizer(name, task, settings, flow)
     batches = task.batches()
     for _ in range(3):

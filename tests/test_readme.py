@@ -27,7 +27,7 @@ def trained(tmp_path) -> Path:
 
 
 def test_there_are_blocks_to_run():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize("index", range(1, len(BLOCKS)))

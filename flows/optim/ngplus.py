@@ -42,7 +42,7 @@ class NGPlus(Preconditioned):
         lr: Learning rate of the matrices. Its scale is not that of Adam's.
         momentum: Of SGD, in [0, 1).
         nesterov: Nesterov's momentum.
-        weight_decay: Decoupled weight decay of the matrices.
+        weight_decay: Decoupled weight decay of the matrices; biases have none.
         damping: :math:`\lambda`, in units of the fourth power of a gradient.
         curvature_decay: :math:`\beta`, the weight of the old L, in [0, 1).
         refresh_every: Steps for which L is kept.

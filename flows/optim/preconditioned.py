@@ -35,7 +35,7 @@ class Preconditioned(Optimizer, ABC):
     Args:
         module: The model, whose layers get hooks for the steps that observe them.
         matrices: Options of the first group: ``lr``, ``momentum``, ``nesterov``,
-            ``weight_decay`` (decoupled) and those of the subclass.
+            ``weight_decay`` (decoupled, of weights only) and those of the subclass.
         adamw: Options of AdamW for the other parameters.
         samples: Whether gradients of single samples are taken, so that none may interact.
         follow: What follows the directions.
@@ -155,7 +155,8 @@ class Preconditioned(Optimizer, ABC):
         if not parameters:
             return
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            weights = [layer.weight for layer in directions]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         gradients = [parameter.grad for parameter in parameters]
         pieces = [piece for layer, d in directions.items() for piece in layer.split(d)]
         for parameter, piece in zip(parameters, pieces, strict=True):

@@ -46,7 +46,7 @@ class ProxProp(Preconditioned):
         follow: ``"sgd"`` or ``"adam"``, what follows the directions.
         momentum: Of SGD, in [0, 1).
         nesterov: Nesterov's momentum.
-        weight_decay: Decoupled weight decay of the matrices.
+        weight_decay: Decoupled weight decay of the matrices; biases have none.
         adamw_lr: Learning rate of the other parameters; None for 1e-3, or for the ``lr`` of the
             ``DensityEstimator`` that this optimizer is made for.
         adamw_betas: Betas of AdamW, and of Adam where it follows.

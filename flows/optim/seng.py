@@ -41,7 +41,7 @@ class SENG(Preconditioned):
         lr: Learning rate of the matrices. Its scale is not that of Adam's.
         momentum: Of SGD, in [0, 1).
         nesterov: Nesterov's momentum.
-        weight_decay: Decoupled weight decay of the matrices.
+        weight_decay: Decoupled weight decay of the matrices; biases have none.
         damping: :math:`\lambda`, in units of a squared gradient.
         refresh_every: Steps for which U is kept.
         sketch: Columns to estimate products over d from; None for all.
