@@ -50,7 +50,9 @@ def randomize(
     and with one for each row :math:`\frac{d - k}{k} \sum_b |g_b x_b^T|^2`, which is less where
     rows agree on the gradient. With replacement, and with random signs (shared), it is
     :math:`d - 1` in place of :math:`d - k`. A convolution does so along its pixels, d = height
-    times width, with rows that are the channels of every image. A ReLU keeps a bit for each
+    times width, with rows that are the channels of every image; there the pixels' parts
+    :math:`C_p` of G overlap, and shared picks have the variance
+    :math:`\frac{d - k}{k} (d \sum_p |C_p|^2 - |G|^2) / (d - 1)`. A ReLU keeps a bit for each
     number, and all of its gradient.
 
     The flow's angles, splines and log-dets, and the gradients of all of these and of biases, stay

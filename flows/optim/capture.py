@@ -42,7 +42,8 @@ class Capture:
 
     A forward hook keeps a call's input until the gradient of its output has come; a hook on the
     parameters sees when the pass has brought all of them. Calls in ``no_grad`` do not count, so
-    that a pass that is repeated in the backward pass counts once.
+    that a pass that is repeated in the backward pass counts once. Nor do gradients of inputs
+    alone, where no parameter gets one, and layers whose weight does not learn at the moment.
 
     Args:
         layers: Layers to watch.
@@ -61,15 +62,10 @@ class Capture:
         self.restart = restart
         self._handles: list[Any] = []
 
-    @property
-    def running(self) -> bool:
-        return bool(self._handles)
-
     def start(self) -> None:
-        if self.running:
-            return
-        for layer in self.layers:
-            self._watch(layer)
+        if not self._handles:
+            for layer in self.layers:
+                self._watch(layer)
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -77,41 +73,72 @@ class Capture:
         self._handles = []
 
     def _watch(self, layer: MatrixLayer) -> None:
-        inputs: list[Tensor] = []
-        gradients: list[Tensor] = []
+        learning: list[Tensor] = []
+        handles: list[Any] = []
+        calls: list[_Call] = []
         before: list[Tensor] = []
         arrived: set[int] = set()
 
+        def watch_parameters() -> None:
+            """Those that learn now: parameters may be frozen and set free between passes."""
+            now = [parameter for parameter in layer.parameters if parameter.requires_grad]
+            if list(map(id, now)) == list(map(id, learning)):
+                return
+            for handle in handles:
+                handle.remove()
+                self._handles.remove(handle)
+            learning[:] = now
+            handles[:] = [p.register_post_accumulate_grad_hook(accumulated) for p in now]
+            self._handles.extend(handles)
+
         def forward(module: Any, arguments: tuple, keywords: dict, output: Tensor) -> None:
             # A copy of the model has copies of its hooks.
-            if module is layer.module and module.training and output.requires_grad:
-                x = (arguments[0] if arguments else keywords["input"]).detach()
-                output.register_hook(lambda gradient: backward(x, gradient.detach()))
+            if not (module is layer.module and module.training and output.requires_grad):
+                return
+            watch_parameters()
+            if not layer.weight.requires_grad:
+                return
+            if torch._C._current_graph_task_id() == -1:
+                # No backward pass is under way: what is left is of one that met no parameter.
+                calls.clear()
+            x = (arguments[0] if arguments else keywords["input"]).detach()
+            call = _Call(x.unsqueeze(0) if x.ndim < layer.weight.ndim else x)
+            output.register_hook(lambda gradient: backward(call, gradient.detach()))
 
-        def backward(x: Tensor, gradient: Tensor) -> None:
-            if not inputs:
+        def backward(call: _Call, gradient: Tensor) -> None:
+            if not calls:
                 arrived.clear()
-                if layer.weight.grad is not None and layer.weight.grad.any():
+                before.clear()
+                if any(p.grad is not None and p.grad.any() for p in learning):
                     before.append(layer.gradient().clone())
-            unbatched = x.ndim < layer.weight.ndim
-            inputs.append(x.unsqueeze(0) if unbatched else x)
-            gradients.append(gradient.unsqueeze(0) if unbatched else gradient)
+            call.gradient = gradient.unsqueeze(0) if gradient.ndim < call.input.ndim else gradient
+            if call not in calls:
+                calls.append(call)
 
         def accumulated(parameter: Tensor) -> None:
             arrived.add(id(parameter))
-            if len(arrived) < len(layer.parameters):
+            if len(arrived) < len(learning) or not layer.weight.requires_grad:
                 return
             gradient = layer.gradient().detach()
             if before:
                 gradient = gradient - before[0]
             else:
                 self.restart(layer)
-            found = Pass(list(inputs), list(gradients), gradient)
-            for kept in (inputs, gradients, before, arrived):
+            found = Pass(
+                [call.input for call in calls], [call.gradient for call in calls], gradient
+            )
+            for kept in (calls, before, arrived):
                 kept.clear()
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                 self.done(layer, found)
 
         self._handles.append(layer.module.register_forward_hook(forward, with_kwargs=True))
-        for parameter in layer.parameters:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(accumulated))
+        watch_parameters()
+
+
+class _Call:
+    """A call of a layer: its input and, once it has come, the gradient of its output."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.input = x
+        self.gradient = x

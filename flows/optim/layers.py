@@ -139,6 +139,8 @@ def matrix_layers(
         ValueError: If a pattern fits no layer: it would be a misspelling.
     """
     check_at_least(1, max_dim=max_dim)
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude must be a list of names or patterns, got {exclude!r}.")
     owners: dict[int, int] = defaultdict(int)
     for part in module.modules():
         for parameter in part._parameters.values():
@@ -211,7 +213,9 @@ def _is_matrix(module: nn.Module) -> bool:
 def _learns(parameter: Any) -> bool:
     return (
         isinstance(parameter, nn.Parameter)
+        and not isinstance(parameter, nn.UninitializedParameter)
         and parameter.requires_grad
+        and parameter.numel() > 0
         and parameter.is_floating_point()
     )
 

@@ -11,7 +11,7 @@ from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Pass
 from flows.optim.layers import MatrixLayer
 from flows.optim.preconditioned import Preconditioned, refreshes
-from flows.optim.statistics import second_moment
+from flows.optim.statistics import damped_inverse, second_moment
 
 __all__ = ["NGPlus"]
 
@@ -32,10 +32,14 @@ class NGPlus(Preconditioned):
     addition; here L is the same for both.
 
     Everything else, angles and splines included, is left to AdamW, and so are convolutions in
-    groups, layers that share a weight, and ``exclude``. A term of the loss that sees a weight
-    itself, such as its own log-det, counts as a part of every sample's gradient. Samples must
-    not interact: a batch norm is refused. With gradients accumulated over several backward
-    passes, L is that of all their samples; between processes it is averaged, at refreshes only.
+    groups, layers that share a weight, and ``exclude``. A layer whose weight is frozen later
+    waits. A term of the loss that sees a weight itself, such as its own log-det, counts as a
+    part of every sample's gradient. Between processes L is averaged, at refreshes only.
+
+    The loss is a mean over samples that do not interact: a batch norm is refused. Calls of a
+    layer in one backward pass are of the same samples. Backward passes before one step are of
+    different samples, each with its loss divided by their number, and L is that of all samples.
+    A model is compiled, if at all, after its optimizer is made, for the hooks to be seen.
 
     Args:
         module: The model, for example a Flow; its layers are observed in training mode.
@@ -74,6 +78,8 @@ class NGPlus(Preconditioned):
         >>> (-flow.log_prob(torch.randn(64, 2)).mean()).backward()
         >>> optimizer.step()
     """
+
+    kept = ("curvature",)
 
     def __init__(
         self,
@@ -184,16 +190,10 @@ class NGPlus(Preconditioned):
         return directions
 
     def _inverse(self, layer: MatrixLayer) -> Tensor | None:
-        """(L + sqrt(damping) I)^-1 by Cholesky, in float64: L is nearly singular."""
+        """(L + sqrt(damping) I)^-1, in the weight's dtype."""
         state = self.state[layer.weight]
         if layer not in self._inverses and "curvature" in state:
-            moment = state["curvature"]
-            wide = moment if moment.device.type == "mps" else moment.double()
-            # As much as rounding may have taken from the smallest eigenvalues of a large L.
-            rounding = torch.finfo(moment.dtype).eps * wide.trace()
-            damping = state["damping"] ** 0.5 + rounding
-            wide = wide + damping * torch.eye(len(wide)).to(wide)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
+            inverse = damped_inverse(state["curvature"], state["damping"] ** 0.5)
             self._inverses[layer] = inverse.to(layer.weight.dtype)
         return self._inverses.get(layer)
 

@@ -43,7 +43,12 @@ class Preconditioned(Optimizer, ABC):
         exclude: Names of layers to leave to AdamW, or patterns such as ``"*.last"``.
         scaler: Of the loss, in float16: what is observed is scaled as well.
         process_group: Processes that train together; None for all of them.
+
+    Attributes:
+        kept: Names of the tensors of a layer's state that keep their dtype when loaded.
     """
+
+    kept: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class Preconditioned(Optimizer, ABC):
         adamw = {**adamw, "lr": 1e-3 if self.default_adamw_lr else adamw["lr"]}
         check_positive(lr=matrices["lr"], adamw_lr=adamw["lr"])
         check_at_least(0, momentum=matrices["momentum"], weight_decay=matrices["weight_decay"])
+        check_at_least(0, adamw_weight_decay=adamw["weight_decay"])
         if not matrices["momentum"] < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {matrices['momentum']}.")
         if matrices["nesterov"] and not matrices["momentum"]:
@@ -77,8 +83,8 @@ class Preconditioned(Optimizer, ABC):
         for name, part in module.named_modules():
             if isinstance(part, RANDOMIZED):
                 raise ValueError(
-                    f"{type(self).__name__} needs the inputs of layers, of which randomized ones "
-                    f"keep a part: got {name} ({type(part).__name__})."
+                    f"{type(self).__name__} needs the inputs of layers, which it would keep where "
+                    f"randomized ones drop them: got {name} ({type(part).__name__})."
                 )
         if samples:
             _check_samples_apart(self, module)
@@ -89,21 +95,23 @@ class Preconditioned(Optimizer, ABC):
                 f"{max_dim} outputs, got a {type(module).__name__} without any."
             )
         first, rest = param_groups_for(module, max_dim=max_dim, exclude=exclude)
-        groups = [{**first, **matrices, "steps": 0}]
+        fused = _fusable(first["params"])
+        # Of a state that is loaded torch moves ``step`` to where a fused step needs it.
+        groups = [{**first, **matrices, "fused": fused, "steps": 0}]
         if rest["params"]:
             # AdamW's own group, checked and completed by itself.
             self._adamw = AdamW(rest["params"], **adamw, fused=_fusable(rest["params"]))
             groups.append({**self._adamw.param_groups[0], "method": rest["method"]})
         make = {"sgd": SGD, "adam": AdamW}[follow]
-        fused = _fusable(first["params"])
         options = {} if follow == "sgd" else {"betas": adamw["betas"], "eps": adamw["eps"]}
         self._follower = make(
             first["params"], lr=matrices["lr"], weight_decay=0.0, fused=fused, **options
         )
         self.scaler = scaler
         self.process_group = process_group
-        self._warned = False
-        super().__init__(groups, {})
+        self._told: set[str] = set()
+        # Schedulers that change the momentum look for its name here.
+        super().__init__(groups, {name: matrices[name] for name in ("lr", "momentum")})
         self._capture = Capture(self.layers, self._observe, self._forget)
         self._arm()
 
@@ -134,7 +142,11 @@ class Preconditioned(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers = [layer for layer in self.layers if layer.weight.grad is not None]
+        layers = [
+            layer
+            for layer in self.layers
+            if layer.weight.grad is not None and layer.weight.requires_grad
+        ]
         self._refresh(layers)
         self._follow(self._directions({layer: layer.gradient() for layer in layers}))
         if len(self.param_groups) > 1:
@@ -151,15 +163,20 @@ class Preconditioned(Optimizer, ABC):
 
     def _follow(self, directions: dict[MatrixLayer, Tensor]) -> None:
         group = self.param_groups[0]
-        parameters = [p for layer in directions for p in layer.parameters]
-        if not parameters:
+        if not directions:
             return
         if group["weight_decay"]:
             weights = [layer.weight for layer in directions]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        pieces = {
+            parameter: piece
+            for layer, direction in directions.items()
+            for parameter, piece in zip(layer.parameters, layer.split(direction), strict=True)
+            if parameter.grad is not None and parameter.requires_grad
+        }
+        parameters = list(pieces)
         gradients = [parameter.grad for parameter in parameters]
-        pieces = [piece for layer, d in directions.items() for piece in layer.split(d)]
-        for parameter, piece in zip(parameters, pieces, strict=True):
+        for parameter, piece in pieces.items():
             parameter.grad = piece.to(parameter.dtype)
         follower = self._follower
         follower.state = self.state
@@ -211,20 +228,28 @@ class Preconditioned(Optimizer, ABC):
         unseen = [layer.name for layer in layers if layer not in seen]
         if unseen:
             self._warn(
+                "unseen",
                 f"{type(self).__name__} saw no call in training mode of {', '.join(unseen[:5])}, "
-                f"whose weights have gradients: it {instead}."
+                "whose weights have gradients (was the model compiled before its optimizer was "
+                f"made?): it {instead}.",
             )
 
-    def _tell_non_finite(self, layer: MatrixLayer) -> None:
+    def _tell_non_finite(
+        self,
+        layer: MatrixLayer,
+        what: str = "gradients of samples",
+        instead: str = "keeps what it knew and goes on",
+    ) -> None:
         self._warn(
-            f"{type(self).__name__} met gradients of samples of {layer.name} that are not finite, "
-            f"at step {self.param_groups[0]['steps']}: it keeps what it knew and goes on."
+            "not finite",
+            f"{type(self).__name__} met {what} of {layer.name} that are not finite, at step "
+            f"{self.param_groups[0]['steps']}: it {instead}.",
         )
 
-    def _warn(self, message: str) -> None:
-        """Said once."""
-        if not self._warned:
-            self._warned = True
+    def _warn(self, kind: str, message: str) -> None:
+        """Said once for each kind."""
+        if kind not in self._told:
+            self._told.add(kind)
             warnings.warn(message, stacklevel=5)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -234,8 +259,22 @@ class Preconditioned(Optimizer, ABC):
             )
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} belongs to its model and cannot be copied or pickled: make "
+            "another one for the copy, and load_state_dict into it."
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        # Torch has cast these to the dtype of the weights.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name in self.kept:
+                if name in state_dict["state"].get(number, {}):
+                    value = state_dict["state"][number][name]
+                    self.state[parameter][name] = value.to(parameter.device)
         for layer in self.layers:
             self._forget(layer)
         self._arm()

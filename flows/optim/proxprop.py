@@ -11,7 +11,7 @@ from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Pass
 from flows.optim.layers import MatrixLayer
 from flows.optim.preconditioned import Preconditioned
-from flows.optim.statistics import gram_of_inputs
+from flows.optim.statistics import damped_inverse, gram_of_inputs
 
 __all__ = ["ProxProp"]
 
@@ -28,8 +28,8 @@ class ProxProp(Preconditioned):
     accumulated over passes or processes mean what they always do; :math:`A A^T` is summed
     over all of them.
 
-    A A^T is a sum and G the gradient of a mean, so the damping relative to the batch is
-    :math:`1 / (\tau_\theta B)`: with ``normalize`` both are means, and D is B times as long.
+    A A^T is a sum and G the gradient of a mean, so D becomes shorter as the batch grows. With
+    ``normalize`` it is :math:`G\,(A A^T / B + I / \tau_\theta)^{-1}`, whatever the batch.
 
     Everything else is left to AdamW, as in :class:`~flows.optim.NGPlus`. The loss may see a
     weight through the layer's outputs only: one that also sees its log-det is refused at the
@@ -42,7 +42,7 @@ class ProxProp(Preconditioned):
         solver: ``"exact"``, by Cholesky; or ``"cg"``, of conjugate gradients, a descent
             direction after any number of iterations.
         iterations: Of ``"cg"``.
-        normalize: Whether A A^T is the mean over the batch.
+        normalize: Whether A A^T is divided by the number of samples.
         follow: ``"sgd"`` or ``"adam"``, what follows the directions.
         momentum: Of SGD, in [0, 1).
         nesterov: Nesterov's momentum.
@@ -145,47 +145,44 @@ class ProxProp(Preconditioned):
             self._samples[layer] = self._samples.get(layer, 0) + found.samples
 
     def _refresh(self, layers: Sequence[MatrixLayer]) -> None:
-        self._tell_unseen(layers, self._grams, "follows their gradients as they are")
-        for layer in layers:
-            if layer not in self._grams:
-                self._grams[layer] = layer.weight.new_zeros(layer.columns, layer.columns)
-                self._samples[layer] = 0
+        self._tell_unseen(layers, self._grams, "follows tau_theta times their gradients")
+        grams = [
+            self._grams.get(layer, layer.weight.new_zeros(layer.columns, layer.columns))
+            for layer in layers
+        ]
+        counts = [
+            gram.new_tensor([self._samples.get(layer, 0)])
+            for layer, gram in zip(layers, grams, strict=True)
+        ]
         # The gradients are means over all samples of all processes.
-        grams = [self._grams[layer] for layer in layers]
-        counts = [gram.new_tensor([self._samples[layer]]) for layer, gram in self._grams.items()]
         totals = self._totals(grams + counts)
+        self._grams.clear()
+        self._samples.clear()
         for layer, gram, count in zip(
             layers, totals[: len(layers)], totals[len(layers) :], strict=True
         ):
+            if not gram.isfinite().all():
+                self._tell_non_finite(layer, "inputs", "follows tau_theta times its gradient")
+                gram = torch.zeros_like(gram)
             self._grams[layer] = gram / count.clamp_min(1) if self._normalize else gram
 
     def _directions(self, gradients: dict[MatrixLayer, Tensor]) -> dict[MatrixLayer, Tensor]:
         directions = {}
+        damping = 1 / self.param_groups[0]["tau_theta"]
         for layer, gradient in gradients.items():
             gram = self._grams.pop(layer)
-            damping = 1 / self.param_groups[0]["tau_theta"]
             if self._solver == "exact":
-                direction = _solve(gram, damping, gradient)
+                direction = gradient.to(gram.dtype) @ damped_inverse(gram, damping)
             else:
                 direction = _conjugate_gradients(gram, damping, gradient, self._iterations)
             directions[layer] = direction if layer.mask is None else direction * layer.mask
-        self._samples.clear()
         return directions
-
-
-def _solve(gram: Tensor, damping: float, gradient: Tensor) -> Tensor:
-    """X of X (gram + damping I) = gradient, by Cholesky in float64: gram is nearly singular."""
-    wide = gram if gram.device.type == "mps" else gram.double()
-    # As much as rounding may have taken from the smallest eigenvalues of a large one.
-    damping = damping + torch.finfo(gram.dtype).eps * wide.trace()
-    factor = torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
-    return torch.cholesky_solve(gradient.to(wide).mT, factor).mT.to(gradient.dtype)
 
 
 def _conjugate_gradients(
     gram: Tensor, damping: float, gradient: Tensor, iterations: int
 ) -> Tensor:
-    """As :func:`_solve`, so many iterations from zero; every row is a system of its own."""
+    """X of X (gram + damping I) = gradient, row by row, after so many iterations from zero."""
     rest = gradient.to(gram.dtype)
     found, ahead = torch.zeros_like(rest), rest
     size = rest.square().sum(1, keepdim=True)
@@ -197,4 +194,4 @@ def _conjugate_gradients(
         rest = rest - step * image
         before, size = size, rest.square().sum(1, keepdim=True)
         ahead = rest + size / before.clamp_min(tiny) * ahead
-    return found.to(gradient.dtype)
+    return found

@@ -11,7 +11,7 @@ from flows.checks import check_at_least, check_positive
 from flows.optim.capture import Pass
 from flows.optim.layers import MatrixLayer
 from flows.optim.preconditioned import Preconditioned, refreshes
-from flows.optim.statistics import per_sample
+from flows.optim.statistics import damped_inverse, per_sample
 
 __all__ = ["SENG"]
 
@@ -26,10 +26,10 @@ class SENG(Preconditioned):
     .. math:: D = \frac1\lambda \left(g - U^T (\lambda I + U U^T)^{-1} U g\right),
 
     whose inverse is kept for ``refresh_every`` steps, and U with it: B d numbers for every layer,
-    or B (i + 1 + o) for a linear layer that is called once per sample. With ``sketch``,
-    products over more columns than that are estimated from so many, drawn without
-    replacement at every refresh: both :math:`U U^T` and :math:`U g` are multiplied by d over
-    their number, which makes them unbiased.
+    or B (i + 1 + o), as factors, for a linear layer that is called once per sample. With
+    ``sketch`` products over more columns than that, of all other layers, are estimated from so
+    many, drawn without replacement at every refresh: both :math:`U U^T` and :math:`U g` are
+    multiplied by d over their number, which makes them unbiased.
 
     Refreshes, samples, accumulated passes and what is left to AdamW are as in
     :class:`~flows.optim.NGPlus`, but a loss that sees a weight itself, and not only through the
@@ -44,7 +44,8 @@ class SENG(Preconditioned):
         weight_decay: Decoupled weight decay of the matrices; biases have none.
         damping: :math:`\lambda`, in units of a squared gradient.
         refresh_every: Steps for which U is kept.
-        sketch: Columns to estimate products over d from; None for all.
+        sketch: Columns to estimate products over d from, where U is not kept as factors; None
+            for all.
         adamw_lr: Learning rate of the other parameters; None for 1e-3, or for the ``lr`` of the
             ``DensityEstimator`` that this optimizer is made for.
         adamw_betas: Betas of AdamW.
@@ -71,6 +72,8 @@ class SENG(Preconditioned):
         >>> net(torch.randn(64, 2)).square().mean().backward()
         >>> optimizer.step()
     """
+
+    kept = ("inputs", "gradients", "rows", "columns")
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class SENG(Preconditioned):
                 self._tell_non_finite(layer)
                 continue
             self.state[layer.weight].update(state)
-            self._inverses[layer] = _inverse(gram, group["damping"])
+            self._inverses[layer] = damped_inverse(gram, group["damping"])
 
     def _rows(self, layer: MatrixLayer, found: list[Pass]) -> dict[str, Tensor]:
         """U, as factors where a sample's gradient is one outer product; and the columns."""
@@ -190,22 +193,13 @@ class SENG(Preconditioned):
             return torch.zeros_like(gradient)
         samples = _samples(state, layer)
         if layer not in self._inverses:
-            self._inverses[layer] = _inverse(samples.gram(), state["damping"])
+            self._inverses[layer] = damped_inverse(samples.gram(), state["damping"])
         weights = self._inverses[layer] @ samples.times(gradient)
         return (gradient - samples.combine(weights)) / state["damping"]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._inverses.clear()
-
-
-def _inverse(gram: Tensor, damping: float) -> Tensor:
-    """(damping I + U U^T)^-1 by Cholesky, in float64: U U^T is nearly singular."""
-    wide = gram if gram.device.type == "mps" else gram.double()
-    # As much as rounding may have taken from the smallest eigenvalues of a large one.
-    damping = damping + torch.finfo(gram.dtype).eps * wide.trace()
-    factor = torch.linalg.cholesky(wide + damping * torch.eye(len(wide)).to(wide))
-    return torch.cholesky_inverse(factor).to(gram.dtype)
 
 
 def _samples(state: dict[str, Tensor], layer: MatrixLayer) -> "_Rows | _Factors":

@@ -155,8 +155,13 @@ class DensityEstimator(LightningModule):
         self._initialized = True
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.trainer.datamodule is not None and not self._initialized:
-            self.initialize(self.trainer.datamodule)
+        data = self.trainer.datamodule
+        if stage == "fit" and data is None and self.objective is not None:
+            raise ValueError(
+                f"model.objective {self.objective} needs a data module with a density, got none."
+            )
+        if stage == "fit" and data is not None and not self._initialized:
+            self.initialize(data)
         # Lightning (2.6) would load a checkpoint first and round its float64 to float32.
         self.trainer.precision_plugin.convert_module(self)
 
@@ -302,6 +307,12 @@ class DensityEstimator(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            for optimizer in self.trainer.optimizers:
+                if isinstance(optimizer, Preconditioned):
+                    optimizer.close()
 
     def _adamw(self) -> torch.optim.AdamW:
         conditioners = [

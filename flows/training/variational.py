@@ -56,7 +56,7 @@ def bound(
 ) -> Tensor:
     """Independent estimates of the bound for the density of the data module, (repeats,)."""
     density = data.density
-    log_target = getattr(density, "unnormalized_log_prob", density.log_prob)
+    log_target = getattr(density, "unnormalized_log_prob", None) or density.log_prob
     return BOUNDS[objective](log_target, flow, num_samples, repeats=repeats)
 
 

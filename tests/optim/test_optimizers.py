@@ -157,10 +157,14 @@ def test_ngplus_steps_along_the_damped_natural_gradient():
         matrix = matrices[layer.name]
         damped = (matrix @ matrix.mT).mean(0) + 0.2 * torch.eye(layer.rows).double()
         direction = torch.linalg.solve(damped, matrix.mean(0))
-        for name, step in [("weight", direction[:, :-1]), ("bias", direction[:, -1])]:
+        # Weights decay, biases do not.
+        for name, step, decay in [
+            ("weight", direction[:, :-1], 0.5),
+            ("bias", direction[:, -1], 0.0),
+        ]:
             old = before[f"{layer.name}.{name}"]
             new = getattr(layer.module, name).detach()
-            torch.testing.assert_close(new, old * (1 - 0.1 * 0.5) - 0.1 * step)
+            torch.testing.assert_close(new, old * (1 - 0.1 * decay) - 0.1 * step)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name])
 
@@ -453,8 +457,21 @@ def test_a_closure_and_a_scheduler_work_as_in_any_optimizer(make):
     assert loss > 0 and torch.equal(before, after)  # the rate is zero from the start
 
 
-@each_optimizer
-def test_a_saved_state_goes_on_bit_for_bit(make):
+SAVED = {
+    "NG+": lambda flow, lr: NGPlus(flow, lr=lr, refresh_every=10),
+    "NG+, mean gradient": lambda flow, lr: NGPlus(
+        flow, lr=lr, refresh_every=10, statistic="mean_grad"
+    ),
+    "ProxProp": lambda flow, lr: ProxProp(flow, lr=lr),
+    "ProxProp, Adam": lambda flow, lr: ProxProp(flow, lr=lr, follow="adam"),
+    "SENG": lambda flow, lr: SENG(flow, lr=lr, refresh_every=10),
+    "SENG, sketched": lambda flow, lr: SENG(flow, lr=lr, refresh_every=10, sketch=8),
+}
+
+
+@pytest.mark.parametrize("make", SAVED.values(), ids=SAVED)
+@pytest.mark.parametrize("recipe", [RotationSplineFlow, MaskedSplineFlow])
+def test_a_saved_state_goes_on_bit_for_bit(make, recipe):
     def batch(step):
         return torch.randn(16, 2, generator=torch.Generator().manual_seed(step))
 
@@ -467,18 +484,16 @@ def test_a_saved_state_goes_on_bit_for_bit(make):
 
     def make_flow():
         torch.manual_seed(0)
-        flow = RotationSplineFlow(features=2, layers=2, hidden_features=8)
-        return flow.eval().requires_grad_(True).train()
+        return recipe(features=2, layers=2, hidden_features=8)
 
-    options = {} if make is ProxProp else {"refresh_every": 10}
     whole = make_flow()
-    optimizer = make(whole, lr=0.01, **options)
+    optimizer = make(whole, 0.01)
     advance(whole, optimizer, range(6))
     saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
     advance(whole, optimizer, range(6, 14))
     resumed = make_flow()
     resumed.load_state_dict(saved[0])
-    again = make(resumed, lr=0.5, **options)
+    again = make(resumed, 0.5)
     again.load_state_dict(saved[1])
     advance(resumed, again, range(6, 14))
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -548,6 +563,143 @@ def test_half_precision_and_a_scaled_loss_change_nothing_but_rounding(make):
         states.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
     difference = (states[1] - states[0]).norm() / states[0].norm()
     assert 0 < difference < 2e-3
+
+
+def test_what_it_knows_keeps_its_precision_in_a_state():
+    model = randomized(MLP(2, 2, hidden_features=4)).bfloat16()
+    optimizer = NGPlus(model)
+    model(torch.randn(8, 2).bfloat16()).square().mean().backward()
+    optimizer.step()
+    again = NGPlus(model)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name, moment in optimizer.curvature().items():
+        assert moment.dtype == torch.float32 and torch.equal(again.curvature()[name], moment)
+
+
+def test_proxprop_divides_each_layer_by_its_own_samples():
+    class Several(nn.Module):
+        """Five rows for each one of the first layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)).repeat_interleave(5, 0))
+
+    model, x = randomized(Several()), torch.randn(8, 2).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    seen = [x, torch.tanh(x @ before[0].mT).repeat_interleave(5, 0)]
+    optimizer = ProxProp(model, lr=0.1, tau_theta=0.5, momentum=0, nesterov=False, normalize=True)
+    model(x).square().mean().backward()
+    optimizer.step()
+    for parameter, old, a in zip(model.parameters(), before, seen, strict=True):
+        damped = a.mT @ a / len(a) + 2 * torch.eye(a.shape[1]).double()
+        step = parameter.grad @ torch.linalg.inv(damped)
+        torch.testing.assert_close(parameter.detach(), old - 0.1 * step)
+
+
+@each_optimizer
+@pytest.mark.parametrize("rows", [6, 9])
+def test_gradients_of_inputs_alone_leave_no_trace(make, rows):
+    x, others = torch.randn(6, 3).double(), torch.randn(rows, 3).double()
+    ends = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        model = randomized(MLP(3, 2, hidden_features=4))
+        optimizer = make(model, lr=0.1)
+        if asked:
+            others.requires_grad_()
+            torch.autograd.grad(model(others).sum(), others)
+        model(x).square().mean().backward()
+        optimizer.step()
+        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert torch.equal(*ends)
+
+
+@each_optimizer
+@pytest.mark.parametrize("frozen", ["first", "first.weight", "first.bias"])
+def test_layers_may_be_frozen_and_set_free(make, frozen):
+    model = randomized(MLP(3, 2, hidden_features=4, blocks=1))
+    optimizer = make(model, lr=0.01)
+    part = [p for name, p in model.named_parameters() if name.startswith(frozen)]
+    for step in range(9):
+        for parameter in part:
+            parameter.requires_grad_(not 2 <= step < 6)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(torch.randn(5, 3).double()).square().mean().backward()
+        optimizer.step()
+        for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
+            if not parameter.requires_grad:
+                assert torch.equal(parameter, old), name
+            elif not (frozen == "first.weight" and name == "first.bias" and 2 <= step < 6):
+                assert not torch.equal(parameter, old), name
+
+
+def test_calls_for_several_batches_are_summed_or_refused():
+    x, few = torch.randn(8, 3).double(), torch.randn(4, 3).double()
+    for make in (NGPlus, SENG):
+        model = randomized(MLP(3, 2, hidden_features=4))
+        optimizer = make(model)
+        with pytest.raises(ValueError, match="batches of 4, 8 samples in one .* or exclude "):
+            (model(x).square().mean() + model(few).square().mean()).backward()
+            optimizer.step()
+    model = randomized(nn.Sequential(nn.Linear(3, 2, bias=False)))
+    old = model[0].weight.detach().clone()
+    optimizer = ProxProp(model, lr=0.1, tau_theta=0.5, momentum=0, nesterov=False)
+    (model(x).square().mean() + model(few).square().mean()).backward()
+    optimizer.step()
+    gram = x.mT @ x + few.mT @ few + 2 * torch.eye(3).double()
+    step = model[0].weight.grad @ torch.linalg.inv(gram)
+    torch.testing.assert_close(model[0].weight.detach(), old - 0.1 * step)
+
+
+def test_proxprop_goes_on_where_inputs_are_not_finite():
+    model = randomized(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh()))
+    optimizer = ProxProp(model, lr=0.1, tau_theta=0.5, momentum=0, nesterov=False)
+    old = model[0].weight.detach().clone()
+    x = torch.tensor([[1e200, 0.5], [0.1, 0.2]], dtype=torch.float64)
+    model(x).mean().backward()
+    with pytest.warns(UserWarning, match="inputs of 0 that are not finite, at step 0"):
+        optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), old - 0.1 * 0.5 * model[0].weight.grad)
+
+
+def test_each_kind_of_trouble_is_said_once():
+    model = randomized(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    optimizer = NGPlus(model, refresh_every=1)
+    x = torch.randn(4, 2).double()
+    for inputs, message in ((x, "saw no call"), (x * 1e200, "not finite")):
+        optimizer.zero_grad()
+        model.train(inputs is not x)
+        model(inputs).square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        with pytest.warns(UserWarning, match=message):
+            optimizer.step()
+
+
+def test_an_optimizer_is_not_copied_and_takes_its_hooks_along():
+    model = randomized(MLP(2, 2, hidden_features=4))
+    optimizer = ProxProp(model)
+    with pytest.raises(TypeError, match="ProxProp belongs to its model and cannot be copied"):
+        copy.deepcopy(optimizer)
+    assert any(part._forward_hooks for part in model.modules())
+    optimizer.close()
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_one_cycle_moves_rate_and_momentum():
+    model = randomized(MLP(2, 2, hidden_features=4))
+    optimizer = NGPlus(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=10)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2).double()).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["momentum"] != 0.9
 
 
 @pytest.mark.parametrize("make", [NGPlus, SENG])
@@ -673,7 +825,7 @@ BAD = {
     ),
     "randomized": (
         lambda: NGPlus(randomize(MLP(2, 2), keep=0.5)),
-        r"inputs of layers, of which randomized .* got first \(RandomizedLinear\)",
+        r"inputs of layers, .* randomized ones drop them: got first \(RandomizedLinear\)",
     ),
     "lr": (lambda: NGPlus(nn.Linear(2, 2), lr=0.0), "lr"),
     "adamw_lr": (lambda: SENG(nn.Linear(2, 2), adamw_lr=-1.0), "adamw_lr"),
@@ -690,6 +842,11 @@ BAD = {
     "solver": (lambda: ProxProp(nn.Linear(2, 2), solver="lu"), "'cg', got 'lu'"),
     "iterations": (lambda: ProxProp(nn.Linear(2, 2), iterations=0), "iterations"),
     "follow": (lambda: ProxProp(nn.Linear(2, 2), follow="muon"), "'adam', got 'muon'"),
+    "adamw decay": (
+        lambda: NGPlus(nn.Linear(2, 2), adamw_weight_decay=-1.0),
+        "adamw_weight_decay",
+    ),
+    "exclude, a word": (lambda: NGPlus(nn.Linear(2, 2), exclude="last"), "list of names"),
     "exclude": (lambda: NGPlus(nn.Linear(2, 2), exclude=["*.last"]), "got '\\*.last'"),
 }
 
