@@ -1,7 +1,8 @@
-"""Optimizers on our own flows, after equal time and after equal steps.
+r"""Optimizers on our own flows, after equal time and after equal steps.
 
     python -m benchmarks.optimizers --threads 1 --at-once 2 --clock processor    # 40 minutes
-    python -m benchmarks.optimizers --tasks breast_cancer --seeds 0 --output cancer.json
+    python -m benchmarks.optimizers --tasks breast_cancer --optimizers NG+ --seeds 0 --scale 0.33 \
+        --settings '{"lr": 0.3, "damping": 10}' --output try.json     # one of the search
     python -m benchmarks.optimizers --plot                            # docs/optimizers.png
 
 Flow, data, batch size, clipping and the learning rate of AdamW are those of a task's config in
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", type=json.loads, help="options as JSON, to try others")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what a second is")
     parser.add_argument("--scale", type=float, default=1.0, help="times seconds and steps")
     parser.add_argument("--threads", type=int, default=1, help="of every process")
@@ -256,6 +258,7 @@ def main() -> None:
         draw_optimizers(content, summary(content["rows"]), given.figure)
         print(given.figure)
         return
+    others = {} if given.settings is None else {"settings": given.settings}
     rows = [
         {
             "task": task,
@@ -266,6 +269,7 @@ def main() -> None:
             "steps": round(TASKS[task][2] * given.scale),
             "clock": given.clock,
             "threads": given.threads,
+            **others,
         }
         for seed in given.seeds
         for task in given.tasks

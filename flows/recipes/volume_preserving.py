@@ -37,7 +37,8 @@ class VolumePreservingFlow(Flow):
             :class:`~flows.transforms.Composite`.
         mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
             ``"angles"``, ``"householder"`` or ``"permutation"``; ``"lu"`` changes volume.
-        transforms: Layers to use instead of those triples; all must preserve volume.
+        transforms: Layers to use instead of those triples; all must preserve volume. What
+            describes the triples, ``mixing`` included, then does not count.
 
     Raises:
         ValueError: If a layer of ``transforms``, or ``mixing``, may change volume.
