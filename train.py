@@ -6,6 +6,7 @@
   python train.py --print_config                        the config with all keys
   python train.py --model.flow.help flows.recipes.Glow  keys of a model
   python train.py --ckpt_path runs/.../last.ckpt        resume a run
+  python train.py --model.optimizer=NGPlus              another optimizer
   python train.py --trainer.logger=WandbLogger          Weights & Biases as well
   python train.py test --ckpt_path runs/.../best.ckpt
   python train.py audit --ckpt_path runs/.../best.ckpt  check its claims
