@@ -16,7 +16,7 @@ train: setup  ## make train ARGS="--config configs/images/digits.yaml"
 	$(BIN)/python train.py $(ARGS)
 
 test: setup  ## the whole suite, notebooks included
-	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # torchvision beside .venv's packages: merely installed among them it would break Lightning
 # wherever its wheel does not match torch.

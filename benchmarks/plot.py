@@ -235,7 +235,8 @@ def draw_images(content: dict, path: Path) -> None:
         # The first validations of some models are so high that the rest would be one line.
         low = min((min(v for _, v in row["curve"]) for row in found), default=0.0)
         high = max((sorted(v for _, v in row["curve"])[-2:][0] for row in found), default=1.0)
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        margin = 0.05 * (high - low) or 0.05
+        axes.set_ylim(low - margin, high + margin)
         axes.set_title(IMAGES[data], loc="left")
         axes.set_xlabel("minutes of training")
         axes.grid(axis="y", color="0.9")

@@ -222,8 +222,8 @@ def importance_sample(
         >>> from flows.transforms import Rotation
         >>> flow = Flow(Rotation(2), GaussianMixture(2, components=3))
         >>> x, log_weights = importance_sample(lambda x: -x.square().sum(1), flow, 10_000)
-        >>> log_weights.logsumexp(0)  # of pi it is 1.1447
-        tensor(1.14...)
+        >>> abs(log_weights.logsumexp(0).exp() - math.pi) < 0.3  # Z is pi
+        tensor(True)
         >>> effective_sample_size(log_weights) < 30_000
         tensor(True)
     """

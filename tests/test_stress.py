@@ -15,7 +15,7 @@ from flows.recipes import Glow
 
 
 def test_a_killed_run_ends_like_one_left_alone(tmp_path):
-    found = killed_runs(tmp_path, kills=1, stops=1, epochs=30)
+    found = killed_runs(tmp_path, kills=1, stops=1, epochs=16)
     assert not found["different"] and found["ok"], found
 
 
@@ -33,7 +33,7 @@ def test_rotations_stay_orthogonal_while_they_learn():
 
 
 def test_densities_integrate_to_one_and_stay_exact_far_away():
-    rows = list(trained_flows(steps=30))
+    rows = list(trained_flows(steps=10))
     assert len(rows) == 15
     for row in rows:
         assert row["ok"], row
