@@ -69,8 +69,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "digits": {"lr": 0.1, "damping": 0.1},
     },
     "SENG": {
-        "two_moons": {"lr": 0.03, "damping": 0.1},
-        "checkerboard": {"lr": 0.03, "damping": 0.1},
+        # Of all 2,048 samples of a batch a refresh would take seconds.
+        "two_moons": {"lr": 0.03, "damping": 0.1, "max_samples": 256},
+        "checkerboard": {"lr": 0.03, "damping": 0.1, "max_samples": 256},
         "breast_cancer": {"lr": 0.1, "damping": 10.0},
         "digits": {"lr": 0.1, "damping": 10.0},
     },

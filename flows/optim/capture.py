@@ -29,6 +29,13 @@ class Pass:
     def samples(self) -> int:
         return len(self.inputs[0]) if self.inputs else 0
 
+    def first(self, samples: int) -> "Pass":
+        """What the pass brought of its first samples."""
+        inputs, gradients = (
+            [tensor[:samples] for tensor in tensors] for tensors in (self.inputs, self.gradients)
+        )
+        return Pass(inputs, gradients, self.gradient)
+
     def divided_by(self, scale: float) -> "Pass":
         """The pass of a loss that is so much smaller."""
         if scale == 1.0:

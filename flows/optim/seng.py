@@ -46,6 +46,8 @@ class SENG(Preconditioned):
         refresh_every: Steps for which U is kept.
         sketch: Columns to estimate products over d from, where U is not kept as factors; None
             for all.
+        max_samples: Samples of a backward pass that U is made of, the first ones; None for all.
+            The inverse takes the third power of their number, for every layer.
         adamw_lr: Learning rate of the other parameters; None for 1e-3, or for the ``lr`` of the
             ``DensityEstimator`` that this optimizer is made for.
         adamw_betas: Betas of AdamW.
@@ -86,6 +88,7 @@ class SENG(Preconditioned):
         damping: float = 1.0,
         refresh_every: int = 100,
         sketch: int | None = None,
+        max_samples: int | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -99,7 +102,10 @@ class SENG(Preconditioned):
         check_at_least(1, refresh_every=refresh_every)
         if sketch is not None:
             check_at_least(1, sketch=sketch)
+        if max_samples is not None:
+            check_at_least(1, max_samples=max_samples)
         self._sketch = sketch
+        self._max_samples = max_samples
         self._found: dict[MatrixLayer, list[Pass]] = {}
         self._inverses: dict[MatrixLayer, Tensor] = {}
         matrices = {
@@ -157,9 +163,12 @@ class SENG(Preconditioned):
 
     def _rows(self, layer: MatrixLayer, found: list[Pass]) -> dict[str, Tensor]:
         """U, as factors where a sample's gradient is one outer product; and the columns."""
+        sizes = [one.samples for one in found]
+        if self._max_samples is not None:
+            found = [one.first(self._max_samples) for one in found]
         samples = sum(one.samples for one in found)
         # The losses of the samples themselves, not their mean over passes and batches.
-        weights = [len(found) * one.samples / math.sqrt(samples) for one in found]
+        weights = [len(found) * size / math.sqrt(samples) for size in sizes]
         single = all(layer.positions(one.gradients) == 1 for one in found)
         if single and layer.mask is None:
             parts = [next(layer.parts(one.inputs, one.gradients, one.samples)) for one in found]

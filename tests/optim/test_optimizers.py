@@ -383,6 +383,23 @@ def test_seng_is_the_dense_solution(make_model, make_inputs):
         assert (moved + 0.1 * direction).abs().max() <= 1e-10 * max(1, direction.abs().max())
 
 
+@each_model
+def test_seng_may_take_the_first_samples_only(make_model, make_inputs):
+    model, x = randomized(make_model()), make_inputs()
+    matrices = per_sample_matrices(model, sum_of_squares, x)
+    layers = matrix_layers(model)
+    before = {layer: layer.matrix(layer.weight, layer.bias).detach().clone() for layer in layers}
+    optimizer = SENG(model, lr=0.1, momentum=0.0, damping=0.3, max_samples=3)
+    sum_of_squares(model, x).mean().backward()
+    optimizer.step()
+    for layer in layers:
+        rows = matrices[layer.name].flatten(1)
+        dense = rows[:3].mT @ rows[:3] / 3 + 0.3 * torch.eye(rows.shape[1]).double()
+        direction = torch.linalg.solve(dense, rows.mean(0)).view(layer.rows, -1)
+        moved = layer.matrix(layer.weight, layer.bias).detach() - before[layer]
+        assert (moved + 0.1 * direction).abs().max() <= 1e-10 * max(1, direction.abs().max())
+
+
 def test_a_sketch_is_unbiased_and_of_all_columns_exact():
     model = randomized(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()))
     x = images(4)
@@ -831,6 +848,7 @@ BAD = {
     "adamw_lr": (lambda: SENG(nn.Linear(2, 2), adamw_lr=-1.0), "adamw_lr"),
     "damping": (lambda: NGPlus(nn.Linear(2, 2), damping=0.0), "damping"),
     "damping, SENG": (lambda: SENG(nn.Linear(2, 2), damping=-1.0), "damping"),
+    "max_samples": (lambda: SENG(nn.Linear(2, 2), max_samples=0), "max_samples"),
     "sketch": (lambda: SENG(nn.Linear(2, 2), sketch=0), "sketch"),
     "decay": (lambda: NGPlus(nn.Linear(2, 2), curvature_decay=1.0), "curvature_decay"),
     "refresh": (lambda: NGPlus(nn.Linear(2, 2), refresh_every=0), "refresh_every"),
