@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "SENG": {
         # Of all 2,048 samples of a batch a refresh would take seconds.
         "two_moons": {"lr": 0.03, "damping": 0.1, "max_samples": 256},
-        "checkerboard": {"lr": 0.03, "damping": 0.1, "max_samples": 256},
+        "checkerboard": {"lr": 0.3, "damping": 1.0, "max_samples": 256},
         "breast_cancer": {"lr": 0.1, "damping": 10.0},
         "digits": {"lr": 0.1, "damping": 10.0},
     },
