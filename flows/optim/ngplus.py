@@ -24,7 +24,7 @@ class NGPlus(Preconditioned):
     .. math:: L = \frac1B \sum_b G_b G_b^T
 
     the second moment of the gradients of single samples, an (o, o) matrix. It is measured at
-    the steps 0, 1, 2, 4, 8, ... and then every ``refresh_every`` steps, averaged as
+    the steps 0, 1, 2, 3, 4, 6, 9, 13, ... and then every ``refresh_every`` steps, averaged as
     :math:`L \leftarrow \beta L + (1 - \beta) L_{new}`, and kept in between, so that most steps
     cost one more product of an (o, o) matrix per layer. The early refreshes are there because
     conditioners of flows start at zero outputs, where the first gradients say nothing of later

@@ -281,8 +281,13 @@ class Preconditioned(Optimizer, ABC):
 
 
 def refreshes(step: int, every: int) -> bool:
-    """Whether a step, 0, 1, ..., measures anew: 0, 1, 2, 4, 8, ... and every so many."""
-    return step % every == 0 or (step < every and step & (step - 1) == 0)
+    """Whether a step, 0, 1, ..., measures anew: every so many, and before those 1, 2, 3, 4, 6, 9,
+    13, 19, ..., each half as far again. With powers of two flows on digits diverged.
+    """
+    early = 1
+    while early < min(step, every):
+        early += max(1, early // 2)
+    return step % every == 0 or step == early
 
 
 def _check_samples_apart(optimizer: Preconditioned, module: nn.Module) -> None:
