@@ -284,10 +284,12 @@ def refreshes(step: int, every: int) -> bool:
     """Whether a step, 0, 1, ..., measures anew: every so many, and before those 1, 2, 3, 4, 6, 9,
     13, 19, ..., each half as far again. With powers of two flows on digits diverged.
     """
+    if step % every == 0:
+        return True
     early = 1
-    while early < min(step, every):
+    while early < step < every:
         early += max(1, early // 2)
-    return step % every == 0 or step == early
+    return early == step
 
 
 def _check_samples_apart(optimizer: Preconditioned, module: nn.Module) -> None:
