@@ -212,6 +212,7 @@ def run(row: dict) -> dict:
     # A run so short that it met no validation has its end.
     took["curve"] = took["curve"] or [(took["wall_seconds"], task.score(flow, "val"))]
     scores = {"val": min(loss for _, loss in took["curve"]), "test": task.score(flow, "test")}
+    took["taken"] = took.pop("steps")  # the row itself says how many a budget of steps is
     return scores | {"settings": settings, **took}
 
 

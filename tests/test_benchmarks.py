@@ -229,7 +229,7 @@ def test_optimizers_train_and_are_drawn(run, tmp_path, capsys):
     assert "After equal time" in capsys.readouterr().out
     assert -100 < row["test"] < 100 and row["curve"]
     steps = optimizers.run(row | {"budget": "steps", "optimizer": "AdamW", "steps": 20})
-    assert steps["steps"] == 20 and len(steps["curve"]) > 10
+    assert steps["taken"] == 20 and len(steps["curve"]) > 10
     figure = tmp_path / "figure.png"
     run(optimizers, "--plot", "--figure", str(figure))
     assert figure.stat().st_size > 10_000
