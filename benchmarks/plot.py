@@ -352,7 +352,7 @@ def draw_optimizers(content: dict, chosen: dict[tuple[str, str, str], dict], pat
     grid[0][0].set_ylabel("validation score, lower is better", fontsize=11)
     grid[0][-1].legend(frameon=False, fontsize=11)
     figure.suptitle(
-        "Optimizers on our flows at equal wall time, median of "
+        "Optimizers on our flows after equal time, median of "
         f"{len({row['seed'] for row in content['rows']})} seeds, {content['device']}",
         fontsize=12,
         x=0.01,
