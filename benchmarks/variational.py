@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.race import CLOCKS, race, train
 from benchmarks.timing import write_json
-from datasets.densities import POSTERIORS, Density
+from datasets.densities import Density
+from datasets.posteriors import POSTERIORS
 from flows import (
     Composite,
     Flow,

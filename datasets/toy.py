@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from datasets.base import DataModule, EpochLoader, seeded_generator
-from datasets.densities import DENSITIES, POSTERIORS, Density
+from datasets.densities import DENSITIES, Density
+from datasets.posteriors import POSTERIORS
 
 __all__ = [
     "DENSITIES",

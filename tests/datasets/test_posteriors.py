@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from datasets.base import seeded_generator
-from datasets.densities import POSTERIORS, MixtureMeans
+from datasets.posteriors import POSTERIORS, MixtureMeans
 from datasets.toy import TwoMeans
 
 SMALL = MixtureMeans((-1.0, 0.3, 2.0), (0.25, 0.75), sd=0.8, prior_sd=2.0)

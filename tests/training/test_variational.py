@@ -11,7 +11,7 @@ from torch import Tensor
 
 import train
 from datasets.base import DataModule
-from datasets.densities import POSTERIORS
+from datasets.posteriors import POSTERIORS
 from datasets.toy import Checkerboard, TwoMeans, TwoMoons
 from flows import AffineCoupling, Composite, Flow, siwae
 from flows.distributions import GaussianMixture, Normal
