@@ -1,5 +1,7 @@
 """Arguments refused at the public door, in one wording."""
 
+import math
+
 __all__ = ["check_at_least", "check_positive"]
 
 
@@ -11,7 +13,7 @@ def check_at_least(minimum: float, **values: float) -> None:
 
 
 def check_positive(**values: float) -> None:
-    """Refuse named values that are not greater than zero, NaN included."""
+    """Refuse named values that are not finite and greater than zero, NaN included."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and greater than 0, got {value}.")

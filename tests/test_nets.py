@@ -105,7 +105,7 @@ def test_hats_interpolate_what_is_known_at_the_knots():
     [
         ({"features": -1}, "features must be at least 0, got -1"),
         ({"features": 1, "knots": 1}, "knots must be at least 2, got 1"),
-        ({"features": 1, "bound": 0.0}, "bound must be greater than 0, got 0"),
+        ({"features": 1, "bound": 0.0}, "bound must be finite and greater than 0, got 0"),
     ],
     ids=str,
 )

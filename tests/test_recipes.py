@@ -281,7 +281,7 @@ def test_glow_reaches_every_pixel():
         ({"features": 0}, "features must be at least [12], got 0"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"bins": 1}, "bins must be at least 2, got 1"),
-        ({"tail_bound": 0.0}, "tail_bound must be greater than 0, got 0"),
+        ({"tail_bound": 0.0}, "tail_bound must be finite and greater than 0, got 0"),
         ({"hidden_features": 0}, "hidden_features must .*, got 0"),
         ({"blocks": -1}, "blocks must .*, got -1"),
         ({"context_features": -1}, "context_features must .*, got -1"),

@@ -22,14 +22,14 @@ class MatrixLayer:
     """A layer as a matrix (o, i), or (o, i + 1) with the bias as its last column.
 
     Args:
-        name: Name of the layer in the model.
+        name: Name of the layer in the model; that of its class if it is the model.
         module: ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d``, or a masked linear layer: a
             subclass of ``nn.Linear`` with a buffer ``mask`` of the shape of its weight, by
             which it multiplies the weight.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
+        self.name = name or type(module).__name__
         self.module = module
         # The parameters themselves: a repeated pass may lend the module copies.
         self.weight: nn.Parameter = module.weight

@@ -848,6 +848,7 @@ BAD = {
     "adamw_lr": (lambda: SENG(nn.Linear(2, 2), adamw_lr=-1.0), "adamw_lr"),
     "damping": (lambda: NGPlus(nn.Linear(2, 2), damping=0.0), "damping"),
     "damping, SENG": (lambda: SENG(nn.Linear(2, 2), damping=-1.0), "damping"),
+    "damping without bound": (lambda: NGPlus(nn.Linear(2, 2), damping=float("inf")), "damping"),
     "max_samples": (lambda: SENG(nn.Linear(2, 2), max_samples=0), "max_samples"),
     "sketch": (lambda: SENG(nn.Linear(2, 2), sketch=0), "sketch"),
     "decay": (lambda: NGPlus(nn.Linear(2, 2), curvature_decay=1.0), "curvature_decay"),

@@ -289,7 +289,7 @@ def test_parameters_that_do_not_fit_are_refused(raw):
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.nan])
 def test_a_bound_that_is_not_positive_is_refused(bound):
-    with pytest.raises(ValueError, match="^tail_bound must be greater than 0, got "):
+    with pytest.raises(ValueError, match="^tail_bound must be finite and greater than 0, got "):
         rational_quadratic_spline(torch.zeros(2), torch.zeros(2, 5), tail_bound=bound)
 
 

@@ -123,9 +123,11 @@ def test_images_are_refused(layer):
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"^features must be at least 1, got 0\.$"):
         MaskedAutoregressiveAffine(0, NET)
-    with pytest.raises(ValueError, match=r"^bound must be greater than 0, got 0\.0\.$"):
+    with pytest.raises(ValueError, match=r"^bound must be finite and greater than 0, got 0\.0\.$"):
         MaskedAutoregressiveAffine(2, NET, bound=0.0)
-    with pytest.raises(ValueError, match=r"^tail_bound must be greater than 0, got -1\.0\.$"):
+    with pytest.raises(
+        ValueError, match=r"^tail_bound must be finite and greater than 0, got -1\.0\.$"
+    ):
         MaskedAutoregressiveSpline(2, NET, tail_bound=-1.0)
     with pytest.raises(ValueError, match=r"^bins must be at least 2, got 1\.$"):
         MaskedAutoregressiveSpline(2, NET, bins=1)

@@ -173,12 +173,14 @@ def test_bad_arguments_are_refused(coupling):
 
 @pytest.mark.parametrize("coupling", [AffineCoupling, IncompressibleCoupling, SVDCoupling])
 def test_a_bound_that_is_not_positive_is_refused(coupling):
-    with pytest.raises(ValueError, match=r"^bound must be greater than 0, got 0\.0\.$"):
+    with pytest.raises(ValueError, match=r"^bound must be finite and greater than 0, got 0\.0\.$"):
         coupling(2, MLP, bound=0.0)
 
 
 def test_spline_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"^tail_bound must be greater than 0, got -1\.0\.$"):
+    with pytest.raises(
+        ValueError, match=r"^tail_bound must be finite and greater than 0, got -1\.0\.$"
+    ):
         SplineCoupling(2, MLP, tail_bound=-1.0)
     with pytest.raises(ValueError, match=r"^bins must be at least 2, got 1\.$"):
         SplineCoupling(2, MLP, bins=1)

@@ -116,7 +116,7 @@ BAD = {
     "unknown init": (lambda: Rotation(4, init="random"), "init must be .* got 'random'"),
     "limit of zero": (
         lambda: Rotation(4, angle_limit=0.0),
-        "angle_limit must be greater than 0, got 0.0",
+        "angle_limit must be finite and greater than 0, got 0.0",
     ),
     "limit of nan": (lambda: Rotation(4, angle_limit=math.nan), "got nan"),
     "unknown ties": (lambda: Rotation(4, ties="round"), "ties must be 'rounds' or .* got 'round'"),

@@ -137,7 +137,7 @@ def test_autocast_leaves_the_map_in_full_precision():
 
 BAD = {
     "one feature": (1, {}, "features must be at least 2, got 1"),
-    "bound of zero": (4, {"bound": 0.0}, "bound must be greater than 0, got 0.0"),
+    "bound of zero": (4, {"bound": 0.0}, "bound must be finite and greater than 0, got 0.0"),
     "unknown init": (4, {"init": "random"}, "init must be .* got 'random'"),
     "other dimension": (4, {"schedule": givens.crossing(5)}, "must have dimension 4"),
     "degenerate": (
