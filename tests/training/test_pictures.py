@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from datasets.tabular import Table
 from flows import plots
-from flows.training.pictures import COLUMNS, _beside, _by_class
+from flows.recipes import RotationSplineFlow
+from flows.training import DensityEstimator
+from flows.training.pictures import COLUMNS, _beside, _by_class, _evaluated
 from flows.training.report import write_report
 
 ROOT = Path(train.__file__).parent
@@ -98,6 +101,19 @@ def test_pictures_come_at_powers_of_two_and_change_nothing(moons, tmp_path):
         live = other["parameter_average"]["live"]
         for name, value in weights[0]["parameter_average"]["live"].items():
             assert torch.equal(value, live[name]), name
+
+
+def test_what_is_drawn_has_noise_of_its_own():
+    model = DensityEstimator(RotationSplineFlow(2, layers=1)).train()
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    with _evaluated(SimpleNamespace(callbacks=[]), model):
+        first = torch.randn(3)
+        assert not model.flow.training
+    assert torch.equal(torch.randn(3), expected) and model.flow.training
+    with _evaluated(SimpleNamespace(callbacks=[]), model):
+        assert torch.equal(torch.randn(3), first)
 
 
 def test_pictures_show_the_averaged_parameters(tmp_path, monkeypatch):
