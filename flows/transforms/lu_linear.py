@@ -26,8 +26,8 @@ class LULinear(Transform):
             with P from a decomposition with pivoting.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,): the sum
-        of :math:`\log |s|` times the number of positions.
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats:
+        the sum of :math:`\log |s|` times the number of positions.
 
     Raises:
         ValueError: If ``features`` or ``init`` does not fit.
