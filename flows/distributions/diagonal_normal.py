@@ -51,7 +51,11 @@ class DiagonalNormal(Distribution):
             ignores the context.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,)
+        inputs (batch, *shape) to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If ``shape`` holds no sizes, inputs have another shape, or there is a ``net``
+            but no context.
 
     Example:
         >>> from functools import partial

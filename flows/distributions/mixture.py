@@ -37,7 +37,11 @@ class GaussianMixture(Distribution):
             ignores the context.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,)
+        inputs (batch, *shape) to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If ``components`` is below 1, ``shape`` holds no sizes, inputs have another
+            shape, or there is a ``net`` but no context.
 
     Example:
         >>> GaussianMixture(2, components=8).sample(5).shape

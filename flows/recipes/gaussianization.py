@@ -38,6 +38,13 @@ class GaussianizationFlow(Flow):
         mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
             ``"angles"``, ``"householder"``, ``"lu"`` or ``"permutation"``.
 
+    Shape:
+        inputs (batch, features), context (batch, context_features) or labels (batch,), to
+        log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If a size is too small, or there are both context columns and classes.
+
     Reference:
         Meng et al. (2020), Gaussianization Flows, arXiv 2003.01941; there the marginal maps
         are mixtures of logistics.

@@ -51,7 +51,11 @@ class SylvesterVAE(nn.Module):
             ``"permutation"``; not ``"lu"``.
 
     Shape:
-        inputs (batch, channels, height, width), pixels k / L, to log_prob (batch,)
+        inputs (batch, channels, height, width), pixels k / L, to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If sizes do not fit, ``mixing`` is none of those named, or there is a context.
+        InputOutsideDomain: For inputs outside [0, 1].
 
     Example:
         >>> vae = SylvesterVAE((1, 8, 8), grey_levels=17, latent_features=4)

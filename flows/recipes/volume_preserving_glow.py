@@ -55,6 +55,15 @@ class VolumePreservingGlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
+    Shape:
+        inputs (batch, channels, height, width), pixels k / grey_levels, context
+        (batch, context_features) or labels (batch,), to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If sizes do not fit, an option is none of those named, or ``mixing`` may change
+            volume.
+        InputOutsideDomain: For inputs outside [0, 1].
+
     Reference:
         Sorrenson et al. (2020), GIN, arXiv 2001.04872, for the incompressible coupling
 

@@ -66,6 +66,26 @@ class DensityEstimator(LightningModule):
             for maximum likelihood.
         objective_samples: Draws of each bound, or, for ``"selbo"`` and ``"siwae"``, of each
             component of the base.
+
+    Shape:
+        inputs (batch, ...), context (batch, ...) to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If the flow has no ``forward``, ``log_prob`` and ``sample``, or an option is
+            out of range or does not fit the flow.
+
+    Example:
+        >>> from datasets.toy import TwoMoons
+        >>> from pytorch_lightning import Trainer
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> model = DensityEstimator(RotationSplineFlow(features=2, layers=1), lr=5e-3)
+        >>> data = TwoMoons(batches_per_epoch=2, val_size=100, test_size=100)
+        >>> quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
+        >>> trainer = Trainer(max_epochs=1, enable_checkpointing=False, accelerator="cpu", **quiet)
+        >>> trainer.fit(model, data)
+        >>> trainer.global_step, sorted(trainer.logged_metrics)
+        (2, ['train/nll', 'val/kl', 'val/nll'])
     """
 
     def __init__(

@@ -13,6 +13,14 @@ class Patience(EarlyStopping):
 
     Args:
         validations: How many, at least 1.
+
+    Example:
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> flow = RotationSplineFlow(features=2, layers=1)
+        >>> (patience,) = DensityEstimator(flow, early_stopping_patience=10).configure_callbacks()
+        >>> type(patience).__name__, patience.exhausted
+        ('Patience', False)
     """
 
     def __init__(self, validations: int) -> None:

@@ -158,8 +158,8 @@ class MaskedAutoregressiveSpline(MaskedAutoregressive):
     r"""Autoregressive splines :math:`y_d = g(x_d;\, \theta(x_{<d}))`.
 
     g is rational-quadratic on [-B, B], see :func:`flows.splines.rational_quadratic_spline`,
-    and the identity outside. Density estimation takes one pass, sampling one per feature. Zero outputs of the
-    conditioner make the identity.
+    and the identity outside. Density estimation takes one pass, sampling one per feature. Zero
+    outputs of the conditioner make the identity.
 
     Args:
         features: Size of the vectors, at least 1.
