@@ -48,6 +48,9 @@ class EpochLoader(ABC):
     that has a sampler for its batch sampler. Its checkpoints hold ``state_dict``, by which a
     resumed run goes on within an epoch.
 
+    Raises:
+        ValueError: If an epoch is to be resumed by another number of processes.
+
     Example:
         >>> import torch
         >>> from datasets.base import EpochLoader
@@ -69,9 +72,11 @@ class EpochLoader(ABC):
 
     @property
     def sampler(self) -> "EpochLoader":
+        """The loader itself, to which Lightning announces the epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration gives."""
         self.epoch = epoch
 
     @abstractmethod
@@ -97,9 +102,11 @@ class EpochLoader(ABC):
             yield self.batch(number, *place)
 
     def state_dict(self) -> dict[str, int]:
+        """The epoch, its next batch, and how many processes there are."""
         return {"epoch": self.epoch, "next": self._next, "processes": _place()[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration go on where ``state_dict`` was taken, if it is of that epoch."""
         self._resumed = state
 
 

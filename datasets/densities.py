@@ -221,11 +221,13 @@ class NoisyCurves(NormalMixture):
 
     @cached_property
     def centres(self) -> np.ndarray:
+        """The nodes of all curves, shape (components, 2)."""
         u = torch.from_numpy(self._rule[0])
         return np.concatenate([curve(u).numpy() for curve in self.curves])
 
     @cached_property
     def weights(self) -> np.ndarray:
+        """Weights of the nodes, shape (components,), summing to 1."""
         return np.tile(self._rule[1], len(self.curves)) / len(self.curves)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

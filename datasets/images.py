@@ -203,6 +203,10 @@ class MNIST(ImageSet):
     Reads ``root/MNIST/raw/train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, for
     labels also ``...-labels-idx1-ubyte``, as they are or with ``.gz``. The splits hold 55 MB.
 
+    Raises:
+        ValueError: In ``setup``, if a file is no IDX file of such images or labels.
+        FileNotFoundError: In ``setup``, if a file is missing and ``download`` is off.
+
     Reference:
         LeCun, Bottou, Bengio, Haffner (1998), http://yann.lecun.com/exdb/mnist
 

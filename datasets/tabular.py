@@ -41,6 +41,11 @@ class Table(DataModule):
         where float32 would move a value by more than 1e-4 of its column's deviation: a
         Standardize in front makes either float32.
 
+    Raises:
+        ValueError: If an option is out of range; in ``setup``, if a chosen column does not exist,
+            is constant or holds anything but finite numbers, or there are too few rows.
+        FileNotFoundError: In ``setup``, if there is no such file.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path

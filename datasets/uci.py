@@ -119,6 +119,10 @@ class Gas(UCI):
     ``pandas.read_pickle("ethylene_CO.pickle").to_csv("ethylene_CO.csv", index=False)``. An
     NPY file holds the sensors alone.
 
+    Raises:
+        ValueError: In ``setup``, if the file is damaged or not the published one.
+        FileNotFoundError: In ``setup``, if there is none.
+
     Example:
         >>> from datasets.uci import Gas
         >>> Gas("data").shape  # files are read by setup()
@@ -183,6 +187,11 @@ class BSDS300(UCI):
     """Patches of 8x8 pixels of natural images without their mean, the last pixel left out.
 
     Reads ``root/BSDS300/BSDS300.hdf5``, which is prepared already (extra ``tables``).
+
+    Raises:
+        ValueError: In ``setup``, if the file is damaged or not the published one.
+        FileNotFoundError: In ``setup``, if there is none.
+        ImportError: In ``setup``, without h5py.
 
     Example:
         >>> from datasets.uci import BSDS300

@@ -44,6 +44,7 @@ def bits_per_dim(log_prob: Tensor | float, dims: int, *, bits: float = 8) -> Ten
             dropping it would flatter the result.
 
     Example:
+        >>> from flows import bits_per_dim
         >>> bits_per_dim(0.0, 784)  # the uniform density on [0, 1]
         tensor(8.)
     """
@@ -90,6 +91,8 @@ def elbo(
             -inf, without a gradient, only if there is no other draw.
 
     Example:
+        >>> import math, torch
+        >>> from flows import Flow, elbo
         >>> from flows.distributions import DiagonalNormal
         >>> from flows.transforms import Rotation
         >>> flow = Flow(Rotation(2), DiagonalNormal(2))  # as yet the standard normal
@@ -133,6 +136,7 @@ def iwae(
         FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> from flows import iwae
         >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=2, layers=1)
         >>> iwae(lambda x: -x.abs().sum(1), flow, 16, repeats=5).shape
@@ -179,6 +183,7 @@ def selbo(
         FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> from flows import selbo
         >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=2, layers=1, components=3)
         >>> selbo(lambda x: -x.abs().sum(1), flow).backward()
@@ -228,6 +233,7 @@ def siwae(
         FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> from flows import siwae
         >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=2, layers=1, components=3)
         >>> loss = -siwae(lambda x: -x.abs().sum(1), flow, 4, repeats=64).mean()
@@ -270,6 +276,8 @@ def importance_sample(
         FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> import math
+        >>> from flows import Flow, effective_sample_size, importance_sample
         >>> from flows.distributions import GaussianMixture
         >>> from flows.transforms import Rotation
         >>> flow = Flow(Rotation(2), GaussianMixture(2, components=3))
@@ -298,6 +306,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
         (..., n) to (...)
 
     Example:
+        >>> import torch
+        >>> from flows import effective_sample_size
         >>> effective_sample_size(torch.tensor([0.0, 0.0, 0.0, -50.0]))
         tensor(3.)
 

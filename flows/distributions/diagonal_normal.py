@@ -58,7 +58,9 @@ class DiagonalNormal(Distribution):
             but no context.
 
     Example:
+        >>> import torch
         >>> from functools import partial
+        >>> from flows.distributions import DiagonalNormal
         >>> from flows.nets import MLP
         >>> law = DiagonalNormal(2, net=partial(MLP, context_features=3))
         >>> law.sample(5, torch.zeros(4, 3)).shape

@@ -44,6 +44,7 @@ class GaussianMixture(Distribution):
             shape, or there is a ``net`` but no context.
 
     Example:
+        >>> from flows.distributions import GaussianMixture
         >>> GaussianMixture(2, components=8).sample(5).shape
         torch.Size([5, 2])
     """

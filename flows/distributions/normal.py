@@ -23,6 +23,8 @@ class Normal(Distribution):
         ValueError: If ``shape`` holds no sizes, or inputs have another shape.
 
     Example:
+        >>> import torch
+        >>> from flows.distributions import Normal
         >>> Normal(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """

@@ -50,6 +50,7 @@ class GaussianizationFlow(Flow):
         are mixtures of logistics.
 
     Example:
+        >>> from flows.recipes import GaussianizationFlow
         >>> flow = GaussianizationFlow(features=3, layers=4)
         >>> flow.sample(5).shape
         torch.Size([5, 3])

@@ -73,6 +73,7 @@ class Glow(Flow):
 
     Example:
         >>> import torch
+        >>> from flows.recipes import Glow
         >>> flow = Glow((3, 8, 8), levels=2, steps=1, hidden_features=8, classes=10)
         >>> flow.sample(5, torch.tensor([3, 7])).shape
         torch.Size([2, 5, 3, 8, 8])

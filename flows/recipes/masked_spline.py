@@ -54,6 +54,7 @@ class MaskedSplineFlow(Flow):
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
 
     Example:
+        >>> from flows.recipes import MaskedSplineFlow
         >>> flow = MaskedSplineFlow(features=3, layers=2)
         >>> flow.sample(5).shape
         torch.Size([5, 3])

@@ -55,6 +55,7 @@ class RotationSplineFlow(Flow):
         Flows, arXiv 1906.04032, for the couplings
 
     Example:
+        >>> from flows.recipes import RotationSplineFlow
         >>> flow = RotationSplineFlow(features=2, layers=4)
         >>> flow.sample(5).shape
         torch.Size([5, 2])

@@ -60,6 +60,7 @@ class SplineCouplingFlow(Flow):
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
 
     Example:
+        >>> from flows.recipes import SplineCouplingFlow
         >>> flow = SplineCouplingFlow(features=3, layers=4)
         >>> flow.sample(5).shape
         torch.Size([5, 3])

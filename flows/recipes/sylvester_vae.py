@@ -58,6 +58,7 @@ class SylvesterVAE(nn.Module):
         InputOutsideDomain: For inputs outside [0, 1].
 
     Example:
+        >>> from flows.recipes import SylvesterVAE
         >>> vae = SylvesterVAE((1, 8, 8), grey_levels=17, latent_features=4)
         >>> vae.sample(5).shape
         torch.Size([5, 1, 8, 8])

@@ -52,6 +52,7 @@ class VolumePreservingFlow(Flow):
         arXiv 2402.06578, for what the mixture is needed for
 
     Example:
+        >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=3, layers=2)
         >>> flow.transform(flow.sample(4))[1]
         tensor([0., 0., 0., 0.])

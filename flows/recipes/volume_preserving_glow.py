@@ -69,6 +69,7 @@ class VolumePreservingGlow(Flow):
 
     Example:
         >>> import torch
+        >>> from flows.recipes import VolumePreservingGlow
         >>> flow = VolumePreservingGlow((1, 4, 4), grey_levels=16, levels=1, hidden_features=8)
         >>> flow.transform.transforms[2](torch.randn(2, 1, 4, 4))[1]
         tensor([0., 0.])

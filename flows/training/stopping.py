@@ -28,6 +28,7 @@ class Patience(EarlyStopping):
 
     @property
     def exhausted(self) -> bool:
+        """Whether so many validations have passed, and the run is over."""
         return self.wait_count >= self.patience
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

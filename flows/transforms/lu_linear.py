@@ -37,6 +37,7 @@ class LULinear(Transform):
 
     Example:
         >>> import torch
+        >>> from flows import LULinear
         >>> layer = LULinear(3, init="haar")
         >>> outputs, logabsdet = layer(torch.randn(2, 3))
         >>> torch.allclose(logabsdet, layer.matrix().slogdet()[1].expand(2), atol=1e-5)
