@@ -1,5 +1,7 @@
 """Exponential moving average of the parameters, which evaluation and checkpoints use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +93,15 @@ class ParameterAverage(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
+
+    @contextmanager
+    def lent(self, pl_module: LightningModule) -> Iterator[None]:
+        """The average in place of the parameters, between two steps of training."""
+        self._swap(pl_module)
+        try:
+            yield
+        finally:
+            self._swap(pl_module)
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
