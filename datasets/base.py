@@ -245,12 +245,15 @@ class DataModule(LightningDataModule):
         self.splits: dict[str, tuple[Tensor, ...]] = {}
 
     def train_dataloader(self) -> EpochLoader:
+        """Batches of the training rows, every epoch in another order."""
         return Batches(
             *self.splits["train"], batch_size=self.batch_size, shuffle=True, seed=self.seed
         )
 
     def val_dataloader(self) -> Batches:
+        """Batches of all validation rows, as they come."""
         return Batches(*self.splits["val"], batch_size=1000)
 
     def test_dataloader(self) -> Batches:
+        """Batches of all test rows, as they come."""
         return Batches(*self.splits["test"], batch_size=1000)

@@ -114,6 +114,7 @@ class Toy(DataModule):
             self.splits[split] = (self.density.sample(size, seeded_generator(self.seed, stream)),)
 
     def train_dataloader(self) -> FreshBatches:
+        """Batches of new samples."""
         return FreshBatches(
             self.density,
             batch_size=self.batch_size,

@@ -17,7 +17,7 @@ class Distribution(nn.Module):
         shape: Shape of one sample; an int for vectors.
 
     Shape:
-        inputs (batch, *shape), context (batch, ...) to log_prob (batch,) in nats
+        inputs ``(batch, *shape)``, context (batch, ...) to log_prob (batch,) in nats
 
     Raises:
         ValueError: If shapes or rows do not fit, or the number of samples or the temperature is
@@ -55,7 +55,7 @@ class Distribution(nn.Module):
         """Samples of the shape, dtype and device of ``like``, whose values mean nothing."""
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log density in nats, (batch, *shape) -> (batch,)."""
+        """Log density in nats, ``(batch, *shape)`` -> (batch,)."""
         if tuple(inputs.shape[1:]) != self.shape:
             raise ValueError(
                 f"inputs must be (batch, {', '.join(map(str, self.shape))}), "
@@ -70,7 +70,7 @@ class Distribution(nn.Module):
     def sample(
         self, num_samples: int, context: Tensor | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """Samples (num_samples, *shape), or (rows of context, num_samples, *shape).
+        """Samples ``(num_samples, *shape)``, or ``(rows of context, num_samples, *shape)``.
 
         ``temperature`` multiplies the deviation of the samples from their centre, and so
         their standard deviation; 0 gives the centre itself.

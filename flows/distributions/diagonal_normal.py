@@ -51,7 +51,7 @@ class DiagonalNormal(Distribution):
             ignores the context.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,) in nats
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats
 
     Raises:
         ValueError: If ``shape`` holds no sizes, inputs have another shape, or there is a ``net``
@@ -89,7 +89,7 @@ class DiagonalNormal(Distribution):
         return mean + temperature * scale * torch.randn_like(like)
 
     def mean_and_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, each (*shape), with a net (rows of context, *shape)."""
+        """Mean and deviation, each ``(*shape)``; with a net ``(rows of context, *shape)``."""
         if self.net is None:
             return self.mean, to_scale(self.raw_scale)
         shift, change = from_context(self.net, context).unflatten(1, (2, *self.shape)).unbind(1)

@@ -19,7 +19,7 @@ class Logistic(Distribution):
         shape: Shape of one sample; an int for vectors.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,) in nats; a context is ignored
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats; a context is ignored
 
     Raises:
         ValueError: If ``shape`` holds no sizes, or inputs have another shape.

@@ -22,7 +22,7 @@ class Uniform(Distribution):
         high: Upper end of every side, greater than ``low``.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,) in nats; a context is ignored
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats; a context is ignored
 
     Raises:
         ValueError: If ``low`` is not below ``high``, or inputs have another shape.

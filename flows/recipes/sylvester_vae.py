@@ -154,5 +154,5 @@ class SylvesterVAE(nn.Module):
         return sum_features(pixels) + self.prior.log_prob(latent) - log_posterior
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The pixels' law given latents: parameters (batch, parameters per pixel, *shape)."""
+        """The pixels' law given latents: parameters ``(batch, parameters per pixel, *shape)``."""
         return self.decoder(latent).to(latent.dtype).unflatten(1, (-1, self.shape[0]))

@@ -49,7 +49,7 @@ def rational_quadratic_spline(
 
     Args:
         inputs: Values, any shape.
-        parameters: Unconstrained, shape (*inputs.shape, 3 * bins - 1) or broadcasting to it;
+        parameters: Unconstrained, shape ``(*inputs.shape, 3 * bins - 1)`` or broadcasting to it;
             on the last axis raw widths, raw heights, raw slopes.
         tail_bound: Half-width B of the interval.
         inverse: Apply the inverse function.

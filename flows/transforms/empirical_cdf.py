@@ -33,7 +33,8 @@ class EmpiricalCDF(Transform):
             0.4 (rows + smoothing * bins) / (smoothing * bins).
 
     Shape:
-        inputs (batch, *shape) in [0, 1] to outputs of the same shape, logabsdet (batch,) in nats.
+        inputs ``(batch, *shape)`` in [0, 1] to outputs of the same shape, logabsdet (batch,) in
+        nats.
 
     Raises:
         ValueError: If ``bins`` is below 2, ``smoothing`` is not positive, or inputs have another
