@@ -31,6 +31,14 @@ class ParameterAverage(Callback):
         kept: By name, what the module does not hold at the moment: the average during
             training, the parameters during validation and after the fit.
         updates: Steps averaged so far, t.
+
+    Example:
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> flow = RotationSplineFlow(features=2, layers=1)
+        >>> (average,) = DensityEstimator(flow, ema_decay=0.999).configure_callbacks()
+        >>> type(average).__name__, average.decay
+        ('ParameterAverage', 0.999)
     """
 
     def __init__(self, decay: float) -> None:
