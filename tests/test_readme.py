@@ -37,19 +37,14 @@ def test_there_are_blocks_to_run():
     assert len(BLOCKS) >= 12
 
 
-@pytest.mark.parametrize("code", list(BLOCKS)[1:], ids=list(BLOCKS.values())[1:])
-def test_python_blocks_run(code, trained):
+@pytest.mark.parametrize("code", BLOCKS, ids=list(BLOCKS.values()))
+def test_python_blocks_run(code, trained, capsys):
     for library in re.findall(r"^import (normflows|zuko)", code, re.MULTILINE):
         pytest.importorskip(library)  # of the extra `bench`
-    code = code.replace("runs/two_moons/<time>", str(trained))
-    exec(compile(code, "block", "exec"), {})
-
-
-def test_the_first_block_runs_and_learns(capsys):
-    code, name = next(iter(BLOCKS.items()))
-    exec(compile(code, name, "exec"), {})
-    nats = float(capsys.readouterr().out.split()[0])
-    assert nats < 3.0  # the entropy of the data is 2.84
+    exec(compile(code.replace("runs/two_moons/<time>", str(trained)), "block", "exec"), {})
+    if "a banana" in code:
+        nats = float(capsys.readouterr().out.split()[0])
+        assert nats < 3.0  # the entropy of the data is 2.84
 
 
 @pytest.mark.parametrize("page", PAGES)
