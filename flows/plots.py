@@ -97,8 +97,8 @@ def densities(
     grid = _grid(extent, pixels)
     values = {title: log_prob(grid).exp() for title, log_prob in laws.items()}
     most = float(next(iter(values.values())).max())
-    panel = 2.9 * (top - bottom) / (right - left)
-    figure = Figure(figsize=(2.9 * len(values), panel + 0.5), layout="constrained")
+    panel = 2.6 * (top - bottom) / (right - left)
+    figure = Figure(figsize=(2.6 * len(values), panel + 0.5), layout="constrained")
     axes = figure.subplots(1, len(values), squeeze=False, sharex=True, sharey=True)[0]
     for axis, (title, value) in zip(axes, values.items(), strict=True):
         _heat(axis, value, title, extent, most=most)
