@@ -1,30 +1,41 @@
 """Pictures of densities, samples and training; needs matplotlib, so import it by name."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from flows.flow import Flow
+from flows.givens import Schedule
+from flows.transforms.base import Transform
 
 __all__ = [
+    "cells",
     "clouds",
+    "densities",
     "density",
     "history",
     "image_grid",
+    "image_rows",
     "marginals",
+    "planes",
     "points",
+    "rounds",
     "samples",
     "save",
 ]
 
 COLORS = "magma"
+DARK = "#3b0f70"
 FILL = {"data": 0.5, "samples": 1.0}
 
 
@@ -48,12 +59,10 @@ def save(figure: Figure, path: str | Path | BinaryIO) -> None:
 def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int = 200) -> Figure:
     """Data and samples above, true and learned density below, on the same scales."""
     left, right, bottom, top = truth.extent
-    xs = torch.linspace(left, right, pixels)
-    ys = torch.linspace(bottom, top, pixels)
-    grid = torch.cartesian_prod(ys, xs).flip(1)
+    grid = _grid(truth.extent, pixels)
     reference = next(flow.parameters())
-    true = truth.log_prob(grid).exp().view(pixels, pixels)
-    learned = flow.log_prob(grid.to(reference)).exp().view(pixels, pixels)
+    true = truth.log_prob(grid).exp()
+    learned = flow.log_prob(grid.to(reference)).exp()
     panel = 3.6 * (top - bottom) / (right - left)
     figure = Figure(figsize=(8.2, 2 * panel + 0.9), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
@@ -63,19 +72,95 @@ def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int 
     for axis, (title, values) in zip(
         axes[1], {"true density": true, "learned density": learned}.items(), strict=True
     ):
-        image = axis.imshow(
-            values.cpu().numpy(),
-            origin="lower",
-            extent=truth.extent,
-            cmap=COLORS,
-            vmin=0,
-            vmax=float(true.max()),
-        )
-        axis.set_title(title)
+        image = _heat(axis, values, title, truth.extent, most=float(true.max()))
     figure.colorbar(image, ax=axes[1], label="density")
     for axis in axes.flat:
         axis.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     return figure
+
+
+@torch.no_grad()
+def densities(
+    laws: Mapping[str, Callable[[Tensor], Tensor]],
+    extent: tuple[float, float, float, float],
+    *,
+    pixels: int = 160,
+) -> Figure:
+    """Densities in the plane beside one another, on the scale of the first.
+
+    Args:
+        laws: Title to ``log_prob``, a function of points (n, 2).
+        extent: (xmin, xmax, ymin, ymax) of every panel.
+        pixels: Points along each side.
+    """
+    left, right, bottom, top = extent
+    grid = _grid(extent, pixels)
+    values = {title: log_prob(grid).exp() for title, log_prob in laws.items()}
+    most = float(next(iter(values.values())).max())
+    panel = 2.6 * (top - bottom) / (right - left)
+    figure = Figure(figsize=(2.6 * len(values), panel + 0.5), layout="constrained")
+    axes = figure.subplots(1, len(values), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, (title, value) in zip(axes, values.items(), strict=True):
+        _heat(axis, value, title, extent, most=most)
+    return figure
+
+
+def _grid(extent: tuple[float, float, float, float], pixels: int) -> Tensor:
+    """Points (pixels * pixels, 2), row by row, the lowest first."""
+    left, right, bottom, top = extent
+    xs, ys = torch.linspace(left, right, pixels), torch.linspace(bottom, top, pixels)
+    return torch.cartesian_prod(ys, xs).flip(1)
+
+
+def _heat(axis: Axes, values: Tensor, title: str, extent: tuple, *, most: float) -> AxesImage:
+    pixels = math.isqrt(len(values))
+    shown = values.view(pixels, pixels).cpu().numpy()
+    axis.set_title(title)
+    return axis.imshow(shown, origin="lower", extent=extent, cmap=COLORS, vmin=0, vmax=most)
+
+
+@torch.no_grad()
+def cells(
+    axis: Axes,
+    transform: Transform,
+    extent: tuple[float, float, float, float],
+    title: str,
+    *,
+    inverse: bool = False,
+    across: int = 16,
+) -> None:
+    """Where a transform of the plane takes the cells of a chessboard.
+
+    Where it preserves volume, all cells keep the same area.
+
+    Args:
+        axis: What to draw into.
+        transform: Of vectors with two features.
+        extent: (xmin, xmax, ymin, ymax) of the board before.
+        title: Of the panel.
+        inverse: Show the inverse instead.
+        across: Cells along each side.
+    """
+    left, right, bottom, top = extent
+    # Sides of the unit square, one after the other, fine enough to bend.
+    side, zero = torch.linspace(0, 1, 13)[:-1], torch.zeros(12)
+    outline = torch.cat(
+        [
+            torch.stack([side, zero], 1),
+            torch.stack([zero + 1, side], 1),
+            torch.stack([1 - side, zero + 1], 1),
+            torch.stack([zero, 1 - side], 1),
+        ]
+    )
+    corners = torch.cartesian_prod(torch.arange(across), torch.arange(across))
+    size = torch.tensor([right - left, top - bottom]) / across
+    board = torch.tensor([left, bottom]) + size * (corners[:, None] + outline)
+    moved, _ = (transform.inverse if inverse else transform)(board.flatten(0, 1))
+    moved = moved.unflatten(0, board.shape[:2])
+    shades = ["#fde0c5" if i % 2 else DARK for i in corners.sum(1).tolist()]
+    axis.add_collection(PolyCollection(moved.numpy(), facecolors=shades, linewidths=0))
+    axis.autoscale_view()
+    axis.set(title=title, aspect="equal")
 
 
 def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> None:
@@ -90,6 +175,25 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
     axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_title(title)
     axis.set_axis_off()
+
+
+def image_rows(rows: Mapping[str, Tensor], *, grey_levels: int | None = None) -> Figure:
+    """Images (n, channels, height, width), a row for each label, which stands on its left.
+
+    ``grey_levels`` is as in :func:`samples`.
+    """
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(8, 6.4 / columns * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, rows.items(), strict=True):
+        image_grid(axis, images * _brightness(grey_levels), "", columns=columns)
+        axis.text(-0.01, 0.5, label, transform=axis.transAxes, ha="right", va="center")
+    return figure
+
+
+def _brightness(grey_levels: int | None) -> float:
+    # Pixels are lower edges of bins: the brightest is (L - 1) / L.
+    return 1.0 if grey_levels is None else grey_levels / (grey_levels - 1)
 
 
 def samples(
@@ -108,8 +212,7 @@ def samples(
     figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
-    # The brightest pixel is (L - 1) / L.
-    scale = 1.0 if grey_levels is None else grey_levels / (grey_levels - 1)
+    scale = _brightness(grey_levels)
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         if values.ndim == 4:
             image_grid(axis, values * scale, title, columns=columns)
@@ -123,7 +226,7 @@ def points(axis: Axes, values: Tensor, title: str) -> None:
     x, y = values.cpu().numpy().T
     # Few points would be lost at the size that suits thousands.
     size = max(1.5, min(15, 2000 / max(1, len(values))))
-    axis.scatter(x, y, s=size, alpha=0.5, color="#3b0f70", linewidths=0)
+    axis.scatter(x, y, s=size, alpha=0.5, color=DARK, linewidths=0)
     # Columns of very different units would be squeezed into a line.
     width, height = values.amax(0) - values.amin(0)
     comparable = 0.2 < width / height < 5
@@ -194,3 +297,53 @@ def history(rows: Sequence[Mapping[str, float]]) -> Figure:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def rounds(axis: Axes, schedule: Schedule, title: str | None = None) -> None:
+    """The rounds of a schedule: a wire for each axis of the space, first round on the left.
+
+    A plane (i, j) is a bar from wire i to wire j. The planes of one round, on one background,
+    turn at once; where their bars would cover each other they stand side by side.
+    """
+    x = 0.0
+    for number, planes in enumerate(schedule.rounds):
+        start, lanes = x, []  # the last wire that the bars of a lane reach
+        for i, j in sorted(planes):
+            lane = next((k for k, last in enumerate(lanes) if last < i), len(lanes))
+            lanes[lane : lane + 1] = [j]
+            place = start + 0.5 + 0.5 * lane
+            axis.plot([place, place], [i, j], color=DARK, marker="o", markersize=3, linewidth=1.2)
+        x = start + 0.5 + 0.5 * len(lanes)
+        if number % 2 == 0:
+            axis.axvspan(start, x, color="#f1e4ef", linewidth=0)
+    axis.hlines(range(schedule.dim), 0, x, color="0.75", linewidth=0.7, zorder=0.5)
+    if title is None:
+        title = f"{schedule}: {schedule.num_angles} planes in {len(schedule)} rounds"
+    axis.set_title(title, fontsize="medium")
+    axis.set(xlim=(0, x), xticks=[], yticks=range(schedule.dim))
+    axis.invert_yaxis()
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def planes(axis: Axes, schedule: Schedule, title: str | None = None) -> None:
+    """The planes (i, j) of a schedule as cells in row i and column j, early rounds dark.
+
+    Cells left white are planes that do not turn; a number says how often one turns if that is
+    more than once, and its shade is that of the first time.
+    """
+    n = schedule.dim
+    first, times = torch.full((n, n), math.nan), torch.zeros(n, n, dtype=torch.long)
+    for number in reversed(range(len(schedule))):
+        for i, j in schedule.rounds[number]:
+            first[i, j] = number
+            times[i, j] += 1
+    no_planes = torch.where(torch.ones(n, n).tril() > 0, 0.0, math.nan)
+    axis.imshow(no_planes.numpy(), cmap=ListedColormap(["0.9"]))
+    axis.imshow(first.numpy(), cmap=COLORS, vmin=0, vmax=1.2 * len(schedule))
+    for i, j in (times > 1).nonzero().tolist():
+        axis.text(j, i, str(times[i, j].item()), color="white", ha="center", va="center")
+    if title is None:
+        title = f"{schedule}: {schedule.num_angles} planes"
+    axis.set_title(title, fontsize="medium")
+    axis.set(xticks=[], yticks=[])
