@@ -1,6 +1,16 @@
 """Normalizing flows built on exact rotations parametrized by angles."""
 
-from flows import diagnostics, distributions, givens, householder, nets, optim, recipes, transforms
+from flows import (
+    diagnostics,
+    distributions,
+    givens,
+    householder,
+    interop,
+    nets,
+    optim,
+    recipes,
+    transforms,
+)
 from flows.flow import Flow, load
 from flows.objectives import (
     bits_per_dim,
@@ -83,6 +93,7 @@ __all__ = [
     "givens",
     "householder",
     "importance_sample",
+    "interop",
     "iwae",
     "load",
     "nets",
