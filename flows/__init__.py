@@ -11,7 +11,7 @@ from flows import (
     recipes,
     transforms,
 )
-from flows.flow import Flow, load
+from flows.flow import Flow, load, save
 from flows.objectives import (
     bits_per_dim,
     effective_sample_size,
@@ -100,6 +100,7 @@ __all__ = [
     "optim",
     "orthogonal",
     "recipes",
+    "save",
     "selbo",
     "siwae",
     "transforms",

@@ -1,15 +1,24 @@
 """A flow is a transform and a base distribution; and how to get a trained one back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from flows.checkpoint import build, find_checkpoint, read_checkpoint
+from flows.checkpoint import (
+    build,
+    find_checkpoint,
+    read_checkpoint,
+    read_safetensors,
+    write_safetensors,
+)
 from flows.checks import check_at_least
 from flows.transforms.base import Transform
 
-__all__ = ["DensityModel", "Flow", "load"]
+__all__ = ["DensityModel", "Flow", "load", "save"]
 
 
 class Flow(nn.Module):
@@ -125,26 +134,32 @@ class DensityModel(ABC):
 
 
 def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
-    """A trained flow in eval mode, from a run folder or a checkpoint; neither data nor Lightning.
+    """A trained flow in eval mode, from a run folder or a file; neither data nor Lightning.
 
     Models that are no :class:`Flow` but have its ``log_prob`` and ``sample`` come back, too.
     A file from a stranger runs no code, builds only parts of this library, and takes little more
-    memory than its size and 300 MiB.
+    memory than its size and 300 MiB. The description that the flow was built by becomes its
+    attribute ``flow_config``.
 
     Args:
-        path: A run folder (its best checkpoint is taken, else its last) or a checkpoint.
+        path: A run folder (its best checkpoint is taken, else its last), a checkpoint, or a
+            ``.safetensors`` file of weights, such as :func:`save` writes.
         flow: An untrained flow of the same architecture to load the weights into. Needed
-            only for checkpoints that do not come from ``train.py``, or whose flow is not
+            only for files that do not say how their flow was built, or whose flow is not
             made of parts of this library.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If it is damaged, or belongs to another architecture.
+        ImportError: For a ``.safetensors`` file without the safetensors package.
     """
     path = find_checkpoint(path)
-    checkpoint = read_checkpoint(path)
+    if path.suffix == ".safetensors":
+        contents, prefix = read_safetensors(path), ""
+    else:
+        contents, prefix = read_checkpoint(path), "flow."
     if flow is None:
-        config = checkpoint.get("flow_config")
+        config = contents.get("flow_config")
         if config is None:
             raise ValueError(
                 f"{path} does not say how its flow was built: pass one, load(path, flow)."
@@ -155,15 +170,51 @@ def load(path: str | Path, flow: nn.Module | None = None) -> nn.Module:
                 f"{path} must describe a Flow, or a module with its forward, log_prob and sample, "
                 f"got {type(flow).__name__}."
             )
-    prefix = "flow."
+        flow.flow_config = config
     weights = {
         name.removeprefix(prefix): value
-        for name, value in checkpoint["state_dict"].items()
+        for name, value in contents["state_dict"].items()
         if str(name).startswith(prefix)
     }
+    _fill(flow, weights, f"{path} does not fit this flow")
+    return flow.eval()
+
+
+def save(flow: nn.Module, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+    """Write the weights of a flow into a ``.safetensors`` file, which :func:`load` reads.
+
+    A flow that came from :func:`load` has its description written beside its weights, and so
+    comes back by ``load(path)`` alone. Of other flows give the description as ``config``, or a
+    flow of the same architecture to ``load(path, flow)``. Numbers come back bit for bit in a
+    flow of the same dtype; ``load(path)`` makes one of torch's default dtype.
+
+    Args:
+        flow: Any flow, or other module.
+        path: A file name that ends in ``.safetensors``.
+        config: How ``load`` can build the flow, as configs of ``train.py`` say it:
+            ``{"class_path": "flows.recipes.Glow", "init_args": {"shape": [1, 8, 8]}}``. By
+            default ``flow.flow_config``, if there is one.
+
+    Raises:
+        ValueError: If ``path`` ends otherwise, or what ``config`` describes is not this flow.
+        ImportError: Without the safetensors package.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {path}.")
+    weights = flow.state_dict()
+    config = getattr(flow, "flow_config", None) if config is None else config
+    if config is not None:
+        size = sum(value.numel() * value.element_size() for value in weights.values())
+        with torch.random.fork_rng(devices=[]):
+            _fill(build(config, size), weights, "config does not describe this flow")
+    write_safetensors(weights, config, path)
+
+
+def _fill(flow: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+    """Load weights, or raise the complaint and the reason in one line."""
     try:
         flow.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         reasons = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit this flow: {reasons[:400]}") from None
-    return flow.eval()
+        raise ValueError(f"{complaint}: {reasons[:400]}") from None
