@@ -50,9 +50,9 @@ class Flow(nn.Module):
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density of each row in nats, shape (batch,)."""
-        if context is not None and len(context) != len(inputs):
+        if context is not None and context.shape[0] != inputs.shape[0]:
             raise ValueError(
-                f"context must have a row per input, got {len(context)} for {len(inputs)}."
+                f"context must have a row per input, got {context.shape[0]} for {inputs.shape[0]}."
             )
         context = self._embed(context)
         noise, logabsdet = self.transform(inputs, context)
@@ -98,7 +98,7 @@ class Flow(nn.Module):
         if context is None:
             samples, logabsdet = self.transform.inverse(noise)
             return samples, noise, logabsdet, None
-        rows = len(context)
+        rows = context.shape[0]
         noise = noise.flatten(0, 1)
         context = context.repeat_interleave(num_samples, dim=0)
         samples, logabsdet = self.transform.inverse(noise, context)
