@@ -3,6 +3,7 @@
 from flows import (
     diagnostics,
     distributions,
+    export,
     givens,
     householder,
     interop,
@@ -90,6 +91,7 @@ __all__ = [
     "distributions",
     "effective_sample_size",
     "elbo",
+    "export",
     "givens",
     "householder",
     "importance_sample",
