@@ -58,11 +58,11 @@ def freeze(flow: nn.Module) -> nn.Module:
         >>> torch.allclose(freeze(flow).log_prob(x), flow.log_prob(x), atol=1e-5)
         True
     """
-    frozen = copy.deepcopy(flow).eval()
+    frozen = copy.deepcopy(flow)
     for module in list(frozen.modules()):
-        for name in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return _with_fixed_matrices(frozen, {}).requires_grad_(False)
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
+    return _with_fixed_matrices(frozen, {}).eval().requires_grad_(False)
 
 
 def log_prob(flow: nn.Module, inputs: Tensor, context: Tensor | None = None) -> ExportedProgram:
@@ -142,8 +142,9 @@ def save_onnx(flow: Flow, path: str | Path, context: Tensor | None = None) -> No
         )
     module, examples = _sampler_and_examples(flow, context)
     with warnings.catch_warnings():
-        # Of torch's exporter about torch itself.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec")
+        # Of torch about itself, and about rows of noise and of context being as many.
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+        warnings.filterwarnings("ignore", message=".*The axis name: rows will not be used")
         torch.onnx.export(
             module,
             tuple(examples.values()),
@@ -177,7 +178,7 @@ def _sampler_and_examples(
         raise ValueError(f"a sampler needs a Flow with one of our distributions, got {kind}.")
     anchor = flow.distribution.anchor
     noise = anchor.new_zeros(1, *flow.distribution.shape)
-    return _Sampler(freeze(flow)), _examples(noise=noise, context=context)
+    return _Sampler(freeze(flow)).eval(), _examples(noise=noise, context=context)
 
 
 def _examples(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -202,13 +203,26 @@ def _exported(module: nn.Module, examples: dict[str, Tensor]) -> ExportedProgram
     )
 
 
-def _with_fixed_matrices(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+def _make_plain(module: nn.Module) -> None:
+    """Make parametrized weights plain parameters."""
+    weights = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    # Torch's remove_parametrizations changes the class, which a copy shares with the original.
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, weight in weights.items():
+        module.register_parameter(name, nn.Parameter(weight))
+
+
+def _with_fixed_matrices(module: nn.Module | None, done: dict[int, nn.Module]) -> nn.Module | None:
     """The module with its linear layers replaced, in place; shared ones stay shared."""
+    if module is None:  # such as a conditioner that is not there
+        return None
     if isinstance(module, LINEAR):
         if id(module) not in done:
             done[id(module)] = _FixedLinear(module)
         return done[id(module)]
-    for name, child in module.named_children():
+    # Unlike named_children() this names a shared child every time.
+    for name, child in module._modules.items():
         setattr(module, name, _with_fixed_matrices(child, done))
     return module
 
@@ -223,8 +237,8 @@ class _FixedLinear(Transform):
             weight = copy.deepcopy(layer).double().matrix()
             inverse = weight.inverse()
             volume = 0.0 if preserves_volume(layer) else weight.slogdet()[1].item()
-        self.register_buffer("weight", weight.to(dtype))
-        self.register_buffer("inverse_weight", inverse.to(dtype))
+        self.register_buffer("weight", weight.to(dtype).contiguous())
+        self.register_buffer("inverse_weight", inverse.to(dtype).contiguous())
         self.log_volume = volume
         self.volume_preserving = preserves_volume(layer)
         self.axis = -1 if isinstance(layer, LAST_AXIS) else 1
