@@ -12,7 +12,22 @@ __all__ = ["Batches", "DataModule", "EpochLoader", "seeded_generator"]
 
 
 def seeded_generator(*seeds: int) -> torch.Generator:
-    """A CPU generator for the tuple of seeds; different tuples give unrelated streams."""
+    """A CPU generator for the tuple of seeds; different tuples give unrelated streams.
+
+    Args:
+        *seeds: Integers, in order.
+
+    Returns:
+        The generator.
+
+    Example:
+        >>> import torch
+        >>> from datasets.base import seeded_generator
+        >>> once, again = (torch.rand(3, generator=seeded_generator(0, 1)) for _ in range(2))
+        >>> other = torch.rand(3, generator=seeded_generator(1, 0))
+        >>> torch.equal(once, again), torch.equal(once, other)
+        (True, False)
+    """
     state = 0
     for seed in seeds:
         # splitmix64's finalizer: neighbouring seeds must not give neighbouring states.
@@ -32,6 +47,22 @@ class EpochLoader(ABC):
     Lightning announces the epoch through ``loader.sampler.set_epoch`` and asks every loader
     that has a sampler for its batch sampler. Its checkpoints hold ``state_dict``, by which a
     resumed run goes on within an epoch.
+
+    Raises:
+        ValueError: If an epoch is to be resumed by another number of processes.
+
+    Example:
+        >>> import torch
+        >>> from datasets.base import EpochLoader
+        >>> class Epochs(EpochLoader):
+        ...     def __len__(self):
+        ...         return 2
+        ...     def batch(self, number, process, processes):
+        ...         return (torch.tensor([[self.epoch, number]]),)
+        >>> loader = Epochs()
+        >>> loader.set_epoch(7)
+        >>> [inputs.tolist() for (inputs,) in loader]
+        [[[7, 0]], [[7, 1]]]
     """
 
     batch_sampler = None
@@ -41,9 +72,11 @@ class EpochLoader(ABC):
 
     @property
     def sampler(self) -> "EpochLoader":
+        """The loader itself, to which Lightning announces the epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration gives."""
         self.epoch = epoch
 
     @abstractmethod
@@ -69,9 +102,11 @@ class EpochLoader(ABC):
             yield self.batch(number, *place)
 
     def state_dict(self) -> dict[str, int]:
+        """The epoch, its next batch, and how many processes there are."""
         return {"epoch": self.epoch, "next": self._next, "processes": _place()[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration go on where ``state_dict`` was taken, if it is of that epoch."""
         self._resumed = state
 
 
@@ -96,6 +131,17 @@ class Batches(EpochLoader):
             ``processes - 1`` rows are left out, other ones every epoch. Without it every row
             is taken once, and parts of the last batch may differ by one row or be empty.
         seed: Seed of the orders.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1, tensors differ in length, or there are fewer rows
+            than processes.
+
+    Example:
+        >>> import torch
+        >>> from datasets.base import Batches
+        >>> loader = Batches(torch.arange(5), batch_size=2)
+        >>> [rows.tolist() for (rows,) in loader]
+        [[0, 1], [2, 3], [4]]
     """
 
     def __init__(
@@ -150,6 +196,10 @@ class DataModule(LightningDataModule):
     A subclass sets ``shape`` and, where they exist, the other attributes, and fills
     ``splits`` in ``setup``.
 
+    Args:
+        batch_size: Rows per training batch and process.
+        seed: Seed of the batches' order.
+
     Attributes:
         shape: Shape of one sample.
         density: The law of the data, if known, with ``log_prob``; training then logs val/kl.
@@ -161,6 +211,22 @@ class DataModule(LightningDataModule):
         splits: ``"train"``, ``"val"``, ``"test"`` to a tuple of tensors, or of what gives a
             tensor for chosen rows, ``[:5]`` or ``[row numbers]``; inputs first, labels or
             context (if any) second.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from datasets.base import DataModule
+        >>> class Line(DataModule):
+        ...     shape = (1,)
+        ...     def setup(self, stage=None):
+        ...         for split in ("train", "val", "test"):
+        ...             self.splits[split] = (torch.rand(100, 1),)
+        >>> data = Line(batch_size=40)
+        >>> data.setup()
+        >>> [len(inputs) for (inputs,) in data.train_dataloader()]
+        [40, 40, 20]
     """
 
     shape: tuple[int, ...]
@@ -179,12 +245,15 @@ class DataModule(LightningDataModule):
         self.splits: dict[str, tuple[Tensor, ...]] = {}
 
     def train_dataloader(self) -> EpochLoader:
+        """Batches of the training rows, every epoch in another order."""
         return Batches(
             *self.splits["train"], batch_size=self.batch_size, shuffle=True, seed=self.seed
         )
 
     def val_dataloader(self) -> Batches:
+        """Batches of all validation rows, as they come."""
         return Batches(*self.splits["val"], batch_size=1000)
 
     def test_dataloader(self) -> Batches:
+        """Batches of all test rows, as they come."""
         return Batches(*self.splits["test"], batch_size=1000)

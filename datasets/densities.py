@@ -28,8 +28,28 @@ __all__ = [
 class Density(ABC):
     """A law in the plane.
 
+    Shape:
+        x (..., 2) to log_prob (...) in nats
+
     Attributes:
         extent: (xmin, xmax, ymin, ymax), a box that holds all but less than 1e-3 of the mass.
+
+    Example:
+        >>> import math, torch
+        >>> from datasets.densities import Density
+        >>> class Disc(Density):  # uniform on the disc of radius 1
+        ...     extent = (-1.0, 1.0, -1.0, 1.0)
+        ...     def sample(self, n, generator=None):
+        ...         radius, turn = torch.rand(2, n, generator=generator)
+        ...         z = torch.polar(radius.sqrt(), 2 * math.pi * turn)
+        ...         return torch.view_as_real(z)
+        ...     def log_prob(self, x):
+        ...         level = x.new_tensor(-self.entropy())
+        ...         return torch.where(x.square().sum(-1) <= 1, level, -math.inf)
+        ...     def entropy(self):
+        ...         return math.log(math.pi)
+        >>> Disc().log_prob(torch.tensor([[0.5, 0.5], [1.0, 1.0]])).exp()
+        tensor([0.3183, 0.0000])
     """
 
     extent: tuple[float, float, float, float]
@@ -56,10 +76,21 @@ class NormalMixture(Density):
 
     Tables are NumPy arrays in float64: they belong to no device, dtype or autograd mode.
 
+    Shape:
+        x (..., 2) to log_prob (...) in nats
+
     Attributes:
         centres: c, shape (components, 2).
         weights: w, shape (components,), summing to 1.
         roots: R, shape (components, 2, 2), or (2, 2) if all share one.
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.densities import GaussianMixture  # a NormalMixture
+        >>> far_apart = GaussianMixture([(-9, 0), (9, 0)], np.eye(2))
+        >>> one = GaussianMixture([(0, 0)], np.eye(2))
+        >>> print(round(far_apart.entropy() - one.entropy(), 3))  # log 2
+        0.693
     """
 
     centres: np.ndarray
@@ -114,6 +145,18 @@ class GaussianMixture(NormalMixture):
     Args:
         centres: c, shape (components, 2).
         roots: R, square roots of the covariances, shape (components, 2, 2) or one (2, 2) for all.
+
+    Shape:
+        x (..., 2) to log_prob (...) in nats
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.densities import GaussianMixture
+        >>> standard = GaussianMixture([(0, 0)], np.eye(2))
+        >>> standard.sample(5).shape
+        torch.Size([5, 2])
+        >>> print(round(standard.entropy(), 4))  # log(2 pi e)
+        2.8379
     """
 
     def __init__(self, centres: np.ndarray, roots: np.ndarray) -> None:
@@ -141,6 +184,17 @@ class NoisyCurves(NormalMixture):
         sd: Standard deviation of the noise.
         nodes: Nodes per curve.
         closed: Whether the curves have period 1 in u.
+
+    Shape:
+        x (..., 2) to log_prob (...) in nats
+
+    Example:
+        >>> import torch
+        >>> from datasets.densities import NoisyCurves
+        >>> segment = NoisyCurves([lambda u: torch.stack((10 * u, 0 * u), -1)], sd=0.5, nodes=64)
+        >>> middle = segment.log_prob(torch.tensor([5.0, 0.0])).exp()
+        >>> middle  # 1 / 10 along the segment, 1 / (0.5 sqrt(2 pi)) across
+        tensor(0.0798)
     """
 
     def __init__(
@@ -167,11 +221,13 @@ class NoisyCurves(NormalMixture):
 
     @cached_property
     def centres(self) -> np.ndarray:
+        """The nodes of all curves, shape (components, 2)."""
         u = torch.from_numpy(self._rule[0])
         return np.concatenate([curve(u).numpy() for curve in self.curves])
 
     @cached_property
     def weights(self) -> np.ndarray:
+        """Weights of the nodes, shape (components,), summing to 1."""
         return np.tile(self._rule[1], len(self.curves)) / len(self.curves)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -183,7 +239,17 @@ class NoisyCurves(NormalMixture):
 
 
 class UniformSquares(Density):
-    """Uniform on the 8 dark squares, of side 2, of a checkerboard on [-4, 4]^2."""
+    """Uniform on the 8 dark squares, of side 2, of a checkerboard on [-4, 4]^2.
+
+    Shape:
+        x (..., 2) to log_prob (...) in nats, -inf outside
+
+    Example:
+        >>> import torch
+        >>> from datasets.densities import UniformSquares
+        >>> UniformSquares().log_prob(torch.tensor([[1.0, 1.0], [1.0, 3.0]])).exp()
+        tensor([0.0312, 0.0000])
+    """
 
     extent = (-4.0, 4.0, -4.0, 4.0)
 
@@ -214,6 +280,19 @@ class Warped(Density):
         warp: Map of the plane, (..., 2) to (..., 2).
         unwarp: Its inverse.
         extent: See ``Density``.
+
+    Shape:
+        x (..., 2) to log_prob (...) in nats
+
+    Example:
+        >>> import torch
+        >>> from datasets.densities import UniformSquares, Warped
+        >>> swap = lambda x: x.flip(-1)
+        >>> board = UniformSquares()
+        >>> x = board.sample(5)
+        >>> law = Warped(board, swap, swap, board.extent)
+        >>> torch.equal(law.log_prob(swap(x)), board.log_prob(x))
+        True
     """
 
     def __init__(

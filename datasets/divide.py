@@ -12,7 +12,20 @@ __all__ = ["check_fractions", "divide"]
 
 
 def check_fractions(**fractions: float) -> None:
-    """Refuse fractions that are not between 0 and 1, or leave no rows to train on."""
+    """Refuse fractions that are not between 0 and 1, or leave no rows to train on.
+
+    Args:
+        **fractions: By name, such as ``val_fraction``.
+
+    Raises:
+        ValueError: If one is not between 0 and 1, or they sum to 1 or more.
+
+    Example:
+        >>> from datasets.divide import check_fractions
+        >>> check_fractions(val_fraction=0.5, test_fraction=0.5)
+        Traceback (most recent call last):
+        ValueError: val_fraction and test_fraction must leave rows to train on, got 0.5 and 0.5.
+    """
     for name, fraction in fractions.items():
         if not 0 < fraction < 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {fraction}.")
@@ -33,11 +46,20 @@ def divide(
             them as they come.
         source: Where the rows are from, for the error.
 
+    Shape:
+        row numbers (rows of that part,), int64
+
     Returns:
         ``"train"`` and the names to row numbers, int64.
 
     Raises:
         ValueError: A fraction of so few rows would be none, or fewer than two would train.
+
+    Example:
+        >>> from datasets.divide import divide
+        >>> parts = divide(10, {"val": 0.2, "test": 0.1}, split_seed=None, source="example")
+        >>> {name: rows.tolist() for name, rows in parts.items()}
+        {'train': [0, 1, 2, 3, 4, 5, 6], 'val': [7, 8], 'test': [9]}
     """
     parts = [(1, fraction) for fraction in fractions.values()]
     parts.append((2, 1 - sum(fractions.values())))

@@ -4,5 +4,14 @@ __all__ = ["one_line"]
 
 
 def one_line(error: Exception) -> str:
-    """Kind and message of an error, without line ends, at most 300 characters."""
+    r"""Kind and message of an error, without line ends, at most 300 characters.
+
+    Args:
+        error: Any.
+
+    Example:
+        >>> from datasets.errors import one_line
+        >>> one_line(ValueError("too\nlong"))
+        'ValueError: too long'
+    """
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

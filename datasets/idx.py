@@ -27,6 +27,9 @@ def read_idx(path: str | Path) -> Tensor:
     Args:
         path: An IDX file: magic ``0x0000080k``, k big-endian 32-bit sizes, then the bytes.
 
+    Shape:
+        as the file says, uint8
+
     Returns:
         The sizes' shape, dtype uint8.
 
@@ -37,6 +40,16 @@ def read_idx(path: str | Path) -> Tensor:
 
     Reference:
         The IDX format, http://yann.lecun.com/exdb/mnist
+
+    Example:
+        >>> import os, tempfile
+        >>> from datasets.idx import read_idx
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "labels")
+        ...     with open(path, "wb") as file:
+        ...         _ = file.write(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9]))  # one axis of 3
+        ...     read_idx(path)
+        tensor([7, 8, 9], dtype=torch.uint8)
     """
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"

@@ -20,7 +20,27 @@ CLASSES = 10  # in MNIST, Fashion-MNIST, CIFAR-10 and SVHN alike
 
 
 def check_labels(path: Path, labels: Tensor, count: int) -> Tensor:
-    """Labels as int64, one per image, 0 to 9."""
+    """Labels as int64, one per image, 0 to 9.
+
+    Args:
+        path: The file they are from, for the error.
+        labels: Integers.
+        count: Number of images.
+
+    Shape:
+        labels (count,) to int64 (count,)
+
+    Raises:
+        ValueError: If they are no integers from 0 to 9, one per image.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from datasets.image_files import check_labels
+        >>> check_labels(Path("labels"), torch.tensor([3, 11]), count=2)
+        Traceback (most recent call last):
+        ValueError: labels: expected labels 0 to 9, got 3 to 11.
+    """
     if count < 1 or labels.shape != (count,) or labels.is_floating_point():
         raise ValueError(
             f"{path}: expected labels for {count} images, at least one, got "
@@ -36,8 +56,28 @@ def check_labels(path: Path, labels: Tensor, count: int) -> Tensor:
 def read_svhn(path: Path) -> tuple[Tensor, Tensor]:
     """Pixels (count, 3, 32, 32), uint8, and digits (count,), int64, of a cropped-digits file.
 
+    Args:
+        path: A file of MATLAB, such as ``train_32x32.mat``.
+
+    Shape:
+        pixels (count, 3, 32, 32), digits (count,)
+
     Raises:
         ValueError: The file is no such MATLAB file.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from scipy.io import savemat
+        >>> from datasets.image_files import read_svhn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "train_32x32.mat")
+        ...     images = np.ones((32, 32, 3, 2), np.uint8)
+        ...     savemat(path, {"X": images, "y": np.array([[5], [10]])}, do_compression=False)
+        ...     pixels, digits = read_svhn(path)
+        >>> pixels.shape, digits  # the files write 0 as 10
+        (torch.Size([2, 3, 32, 32]), tensor([5, 0]))
     """
     from scipy.io import loadmat, whosmat
 
@@ -97,8 +137,27 @@ def _encode(text: str, encoding: str) -> bytes:
 def read_cifar(path: Path) -> tuple[Tensor, Tensor]:
     """Pixels (count, 3, 32, 32), uint8, and classes (count,), int64, of a "python version" batch.
 
+    Args:
+        path: A batch, such as ``data_batch_1``.
+
+    Shape:
+        pixels (count, 3, 32, 32), classes (count,)
+
     Raises:
         ValueError: The file is no such batch, or asks for code to be run.
+
+    Example:
+        >>> import pickle, tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from datasets.image_files import read_cifar
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "data_batch_1")
+        ...     batch = {"data": np.ones((2, 3072), np.uint8), "labels": [6, 9]}
+        ...     _ = path.write_bytes(pickle.dumps(batch, protocol=2))
+        ...     pixels, classes = read_cifar(path)
+        >>> pixels.shape, classes
+        (torch.Size([2, 3, 32, 32]), tensor([6, 9]))
     """
     with open(path, "rb") as file:
         try:

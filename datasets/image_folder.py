@@ -30,8 +30,28 @@ def read_image(path: Path, size: int, channels: int) -> Tensor:
     Resizing is bilinear over all pixels that a new one covers. One channel is luminance;
     transparency is dropped.
 
+    Args:
+        path: A file; its kind is told by its content.
+        size: Height and width of the result.
+        channels: 3 for colour, 1 for grey.
+
+    Shape:
+        uint8 (channels, size, size)
+
     Raises:
         ValueError: The file is no intact image of 8-bit pixels.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from datasets.image_folder import read_image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "blue.png")
+        ...     Image.new("RGB", (40, 20), color=(0, 0, 255)).save(path)
+        ...     image = read_image(path, size=4, channels=3)
+        >>> image.shape, image.amax((1, 2)).tolist()
+        (torch.Size([3, 4, 4]), [0, 0, 255])
     """
     from PIL import Image, ImageOps
 
@@ -72,6 +92,24 @@ class ImageFolder(DataModule):
 
     Shape:
         inputs (batch, channels, size, size), float32, k / 256; labels (batch,)
+
+    Raises:
+        ValueError: If an option is out of range; in ``setup``, if a file is no intact image, or
+            there are too few to divide.
+        FileNotFoundError: In ``setup``, if there are no images.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from datasets.image_folder import ImageFolder
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for number in range(20):
+        ...         Image.new("L", (16, 16), color=number).save(Path(folder, f"{number}.png"))
+        ...     data = ImageFolder(folder, size=8, channels=1)
+        ...     data.setup()
+        >>> {name: pixels[:].shape for name, (pixels,) in data.splits.items()}["train"]
+        torch.Size([16, 1, 8, 8])
     """
 
     grey_levels = 256

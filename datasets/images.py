@@ -23,6 +23,16 @@ class GreyLevels:
     Args:
         pixels: uint8, (rows, channels, height, width).
         padding: Zeros on each side.
+
+    Shape:
+        rows to float32 (rows, channels, height + 2 padding, width + 2 padding)
+
+    Example:
+        >>> import torch
+        >>> from datasets.images import GreyLevels
+        >>> images = GreyLevels(torch.full((10, 1, 2, 2), 128, dtype=torch.uint8), padding=1)
+        >>> images[:3].shape, images[:3].max()
+        (torch.Size([3, 1, 4, 4]), tensor(0.5000))
     """
 
     def __init__(self, pixels: Tensor, padding: int = 0) -> None:
@@ -49,9 +59,20 @@ class Digits(DataModule):
     Shape:
         inputs (batch, 1, 8, 8), float32, k / 17; labels (batch,)
 
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+
     Reference:
         ``sklearn.datasets.load_digits``, the test part of UCI's "Optical Recognition of
         Handwritten Digits" (Alpaydin and Kaynak, 1998)
+
+    Example:
+        >>> from datasets.images import Digits
+        >>> data = Digits(labels=True)
+        >>> data.setup()
+        >>> images, labels = data.splits["train"]
+        >>> images.shape, labels[:5].tolist()
+        (torch.Size([1000, 1, 8, 8]), [0, 1, 2, 3, 4])
     """
 
     shape = (1, 8, 8)
@@ -92,6 +113,25 @@ class ImageSet(DataModule, ABC):
 
     Shape:
         inputs (batch, channels, height, width), float32, k / 256; labels (batch,)
+
+    Raises:
+        ValueError: If an option is out of range; in ``setup``, if a file is not what it should be.
+        FileNotFoundError: In ``setup``, if a file is missing and ``download`` is off.
+        ImportError: In ``setup``, if ``download`` needs a torchvision that is not there.
+
+    Example:
+        >>> import torch
+        >>> from datasets.images import ImageSet
+        >>> class Black(ImageSet):
+        ...     image_shape = (1, 4, 4)
+        ...     def _read(self, root, *, train):
+        ...         return (torch.zeros(10, 1, 4, 4, dtype=torch.uint8),)
+        ...     def _download(self, root):
+        ...         raise OSError("there is nothing to download")
+        >>> data = Black(val_size=2, padding=2)
+        >>> data.setup()
+        >>> data.shape, len(data.splits["train"][0]), len(data.splits["val"][0])
+        ((1, 8, 8), 8, 2)
     """
 
     grey_levels = 256
@@ -163,8 +203,17 @@ class MNIST(ImageSet):
     Reads ``root/MNIST/raw/train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, for
     labels also ``...-labels-idx1-ubyte``, as they are or with ``.gz``. The splits hold 55 MB.
 
+    Raises:
+        ValueError: In ``setup``, if a file is no IDX file of such images or labels.
+        FileNotFoundError: In ``setup``, if a file is missing and ``download`` is off.
+
     Reference:
         LeCun, Bottou, Bengio, Haffner (1998), http://yann.lecun.com/exdb/mnist
+
+    Example:
+        >>> from datasets.images import MNIST
+        >>> MNIST("data", padding=2).shape  # files are read by setup()
+        (1, 32, 32)
     """
 
     image_shape = (1, 28, 28)
@@ -205,6 +254,11 @@ class FashionMNIST(MNIST):
 
     Reference:
         Xiao, Rasul, Vollgraf (2017), arXiv 1708.07747
+
+    Example:
+        >>> from datasets.images import FashionMNIST
+        >>> FashionMNIST("data", padding=2).shape  # files are read by setup()
+        (1, 32, 32)
     """
 
     folder = "FashionMNIST"
@@ -220,6 +274,11 @@ class CIFAR10(ImageSet):
 
     Reference:
         Krizhevsky (2009), https://www.cs.toronto.edu/~kriz/cifar.html
+
+    Example:
+        >>> from datasets.images import CIFAR10
+        >>> CIFAR10("data").shape  # files are read by setup()
+        (3, 32, 32)
     """
 
     image_shape = (3, 32, 32)
@@ -241,6 +300,11 @@ class SVHN(ImageSet):
 
     Reference:
         Netzer et al. (2011), http://ufldl.stanford.edu/housenumbers
+
+    Example:
+        >>> from datasets.images import SVHN
+        >>> SVHN("data").shape  # files are read by setup()
+        (3, 32, 32)
     """
 
     image_shape = (3, 32, 32)

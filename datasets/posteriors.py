@@ -31,8 +31,20 @@ class MixtureMeans(NormalMixture):
         sd: s.
         prior_sd: t.
 
+    Shape:
+        means (..., 2) to log_prob (...) in nats
+
     Attributes:
         log_evidence: :math:`\log p(y)`, nats: the log of the joint density's integral.
+
+    Example:
+        >>> import torch
+        >>> from datasets.posteriors import MixtureMeans
+        >>> law = MixtureMeans((-1.0, 1.0), (0.4, 0.6), sd=0.5, prior_sd=2.0)
+        >>> means = law.sample(3).double()
+        >>> log_evidence = law.unnormalized_log_prob(means) - law.log_prob(means)
+        >>> torch.allclose(log_evidence, torch.tensor(law.log_evidence).double())
+        True
     """
 
     def __init__(

@@ -20,7 +20,7 @@ EXPANSION = 64
 
 
 def read_names(path: Path, *, delimiter: str = ",") -> list[str]:
-    """The names of a table's columns; of an NPY file their positions, "0", "1", ...
+    r"""The names of a table's columns; of an NPY file their positions, "0", "1", ...
 
     Args:
         path: A file ending in .csv (its first row holds the names), .npy or .parquet.
@@ -29,6 +29,16 @@ def read_names(path: Path, *, delimiter: str = ",") -> list[str]:
     Raises:
         ValueError: The file is no such table, or a name is missing or occurs twice.
         FileNotFoundError: There is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from datasets.table_files import read_names
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "table.csv")
+        ...     _ = path.write_text("height,width\n1,2\n3,4\n")
+        ...     read_names(path)
+        ['height', 'width']
     """
     match _suffix(path):
         case ".csv":
@@ -49,13 +59,29 @@ def read_names(path: Path, *, delimiter: str = ",") -> list[str]:
 
 
 def read_columns(path: Path, columns: Sequence[int], *, delimiter: str = ",") -> np.ndarray:
-    """The chosen columns, by position, as float64 of shape (rows, len(columns)), all finite.
+    r"""The chosen columns, by position, as float64 of shape (rows, len(columns)), all finite.
 
     Other columns may hold anything.
+
+    Args:
+        path: A file ending in .csv, .npy or .parquet.
+        columns: Positions, counted from 0.
+        delimiter: What separates the cells of a CSV file.
 
     Raises:
         ValueError: A cell of these columns is no finite number, or the file is damaged.
         FileNotFoundError: There is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from datasets.table_files import read_columns
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "table.csv")
+        ...     _ = path.write_text("height,name,width\n1,a,2\n3,b,4\n")
+        ...     read_columns(path, [0, 2])
+        array([[1., 2.],
+               [3., 4.]])
     """
     match _suffix(path):
         case ".csv":

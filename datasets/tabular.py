@@ -15,7 +15,7 @@ __all__ = ["BreastCancer", "Table"]
 
 
 class Table(DataModule):
-    """A table of numbers from a file, in its own units, some columns as context if wished.
+    r"""A table of numbers from a file, in its own units, some columns as context if wished.
 
     Nothing is rescaled here. Begin the flow with :class:`flows.Standardize`, which takes its
     units from the training rows (recipes for vectors do), and hand it
@@ -40,6 +40,24 @@ class Table(DataModule):
         inputs (batch, features), context (batch, columns of context). Float32, or float64
         where float32 would move a value by more than 1e-4 of its column's deviation: a
         Standardize in front makes either float32.
+
+    Raises:
+        ValueError: If an option is out of range; in ``setup``, if a chosen column does not exist,
+            is constant or holds anything but finite numbers, or there are too few rows.
+        FileNotFoundError: In ``setup``, if there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from datasets.tabular import Table
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "people.csv")
+        ...     rows = "".join(f"{160 + i},{50 + i % 7},{i}\n" for i in range(40))
+        ...     _ = path.write_text(f"height,weight,age\n{rows}")
+        ...     data = Table(str(path), context=["age"])
+        ...     data.setup()
+        >>> data.columns, data.context_features
+        (('height', 'weight'), 1)
     """
 
     def __init__(
@@ -117,9 +135,19 @@ class BreastCancer(DataModule):
     Shape:
         inputs (batch, 30), float32, in their own units: see :class:`Table`; labels (batch,)
 
+    Raises:
+        ValueError: If a fraction is not between 0 and 1, or ``batch_size`` is below 1.
+
     Reference:
         ``sklearn.datasets.load_breast_cancer``, UCI's "Breast Cancer Wisconsin (Diagnostic)"
         (Wolberg, Mangasarian, Street, Street, 1993)
+
+    Example:
+        >>> from datasets.tabular import BreastCancer
+        >>> data = BreastCancer()
+        >>> data.setup()
+        >>> [len(data.splits[name][0]) for name in ("train", "val", "test")], data.columns[0]
+        ([399, 85, 85], 'mean radius')
     """
 
     shape = (30,)

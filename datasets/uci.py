@@ -45,6 +45,26 @@ class UCI(DataModule, ABC):
 
     Attributes:
         rows: Rows of train, val and test that the published file gives.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1; in ``setup``, if files are not those published.
+        FileNotFoundError: In ``setup``, if a file is missing.
+
+    Reference:
+        Papamakarios, Pavlakou and Murray (2017), arXiv 1705.07057, for the preparation
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.uci import UCI
+        >>> class Small(UCI):
+        ...     shape = (2,)
+        ...     rows = (8, 1, 1)
+        ...     def _read(self, root):
+        ...         return np.zeros((8, 2)), np.zeros((1, 2)), np.zeros((1, 2))
+        >>> data = Small()
+        >>> data.setup()
+        >>> data.splits["train"][0].dtype
+        torch.float32
     """
 
     rows: tuple[int, int, int]
@@ -76,7 +96,13 @@ class UCI(DataModule, ABC):
 
 
 class Power(UCI):
-    """Electric power of one household, minute by minute, from ``root/power/data.npy``."""
+    """Electric power of one household, minute by minute, from ``root/power/data.npy``.
+
+    Example:
+        >>> from datasets.uci import Power
+        >>> Power("data").shape  # files are read by setup()
+        (6,)
+    """
 
     shape = (6,)
     rows = (1_659_917, 184_435, 204_928)
@@ -92,6 +118,15 @@ class Gas(UCI):
     could run any code, converted once where that is acceptable:
     ``pandas.read_pickle("ethylene_CO.pickle").to_csv("ethylene_CO.csv", index=False)``. An
     NPY file holds the sensors alone.
+
+    Raises:
+        ValueError: In ``setup``, if the file is damaged or not the published one.
+        FileNotFoundError: In ``setup``, if there is none.
+
+    Example:
+        >>> from datasets.uci import Gas
+        >>> Gas("data").shape  # files are read by setup()
+        (8,)
     """
 
     shape = (8,)
@@ -115,6 +150,11 @@ class Hepmass(UCI):
     """Simulated particle collisions with a particle of mass 1000.
 
     Reads ``root/hepmass/1000_train.csv`` and ``1000_test.csv``.
+
+    Example:
+        >>> from datasets.uci import Hepmass
+        >>> Hepmass("data").shape  # files are read by setup()
+        (21,)
     """
 
     shape = (21,)
@@ -129,6 +169,11 @@ class MiniBoone(UCI):
     """Particle identification at MiniBooNE, from ``root/miniboone/data.npy``.
 
     The file is cleaned already: outliers and features with repeated values are gone.
+
+    Example:
+        >>> from datasets.uci import MiniBoone
+        >>> MiniBoone("data").shape  # files are read by setup()
+        (43,)
     """
 
     shape = (43,)
@@ -142,6 +187,16 @@ class BSDS300(UCI):
     """Patches of 8x8 pixels of natural images without their mean, the last pixel left out.
 
     Reads ``root/BSDS300/BSDS300.hdf5``, which is prepared already (extra ``tables``).
+
+    Raises:
+        ValueError: In ``setup``, if the file is damaged or not the published one.
+        FileNotFoundError: In ``setup``, if there is none.
+        ImportError: In ``setup``, without h5py.
+
+    Example:
+        >>> from datasets.uci import BSDS300
+        >>> BSDS300("data").shape  # files are read by setup()
+        (63,)
     """
 
     shape = (63,)
@@ -175,6 +230,15 @@ def prepare_power(data: np.ndarray) -> Splits:
 
     Args:
         data: (rows, 8): active and reactive power, voltage, intensity, three meters, time.
+
+    Returns:
+        train, val and test, (rows, 6) each.
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.uci import prepare_power
+        >>> [part.shape for part in prepare_power(np.random.rand(100, 8))]
+        [(81, 6), (9, 6), (10, 6)]
     """
     # The generator's stream and the order of its draws are part of the published data.
     generator = np.random.RandomState(42)
@@ -196,6 +260,17 @@ def prepare_gas(data: np.ndarray) -> Splits:
 
     Args:
         data: (rows, sensors).
+
+    Returns:
+        train, val and test, (rows, sensors that are left) each.
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.uci import prepare_gas
+        >>> data = np.random.rand(100, 3)
+        >>> data[:, 2] = 2 * data[:, 0]
+        >>> [part.shape for part in prepare_gas(data)]
+        [(81, 2), (9, 2), (10, 2)]
     """
     close = np.corrcoef(data, rowvar=False) > 0.98
     kept = list(range(data.shape[1]))
@@ -211,6 +286,18 @@ def prepare_hepmass(train: np.ndarray, test: np.ndarray) -> Splits:
     Args:
         train: (rows, 1 + features): the label, 1 for signal, then the features.
         test: Likewise.
+
+    Returns:
+        train, val and test, (signal rows, continuous features) each.
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.uci import prepare_hepmass
+        >>> train, test = np.random.rand(100, 4), np.random.rand(20, 4)
+        >>> train[:, 0] = test[:, 0] = 1  # all of them signal
+        >>> train[:50, 3] = 0  # a feature that repeats its smallest value
+        >>> [part.shape for part in prepare_hepmass(train, test)]
+        [(90, 2), (10, 2), (20, 2)]
     """
     train, test = (part[part[:, 0] == 1][:, 1:] for part in (train, test))
     mean, deviation = train.mean(0), train.std(0, ddof=1)
@@ -226,6 +313,17 @@ def prepare_miniboone(data: np.ndarray) -> Splits:
 
     Args:
         data: (rows, features).
+
+    Returns:
+        train, val and test, (rows, features) each.
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.uci import prepare_miniboone
+        >>> train, val, test = prepare_miniboone(np.random.rand(100, 3))
+        >>> both = np.concatenate((train, val))
+        >>> np.allclose(both.mean(0), 0), np.allclose(both.std(0), 1), test.shape
+        (True, True, (10, 3))
     """
     return _standardized(*_in_order(data))
 

@@ -29,11 +29,16 @@ INTEGRAL = 1e-3
 class Finding:
     """One line of an audit.
 
-    Attributes:
+    Args:
         name: What was looked at.
         value: What came out; None where it does not apply.
         bound: What it must not exceed.
         words: What that means.
+
+    Example:
+        >>> from flows.diagnostics import Finding
+        >>> Finding("inverse", value=2e-6, bound=1e-3, words="to noise and back").ok
+        True
     """
 
     name: str
@@ -51,8 +56,17 @@ class Finding:
 class Audit:
     """What :func:`audit` found; ``str()`` is a table.
 
-    Attributes:
+    Args:
         findings: The lines.
+
+    Example:
+        >>> from flows.diagnostics import Audit, Finding
+        >>> report = Audit((Finding("inverse", value=0.1, bound=1e-3, words="there and back"),))
+        >>> print(report)
+        inverse        FAILS  1.0e-01 <= 1e-03  there and back
+        Out of bounds: inverse.
+        >>> report["inverse"].value, report.ok
+        (0.1, False)
     """
 
     findings: tuple[Finding, ...]
@@ -113,8 +127,23 @@ def audit(
         jacobian_rows: Rows for ``log-det``, each of as many backward passes as features. By
             default up to 8, fewer for many features, and none above 1,024.
 
+    Shape:
+        inputs (batch, ...), context (batch, ...)
+
+    Returns:
+        A report; ``print`` shows it as a table.
+
     Raises:
         ValueError: If there are no inputs.
+
+    Example:
+        >>> import torch
+        >>> from flows import Flow, Rotation
+        >>> from flows.diagnostics import audit
+        >>> from flows.distributions import Normal
+        >>> report = audit(Flow(Rotation(4, init="haar"), Normal(4)), torch.randn(16, 4))
+        >>> report.ok, report["orthogonality"].value < 1e-5
+        (True, True)
     """
     check_at_least(1, **{"len(inputs)": len(inputs)})
     if jacobian_rows is not None:

@@ -135,6 +135,16 @@ def save_onnx(flow: Flow, path: str | Path, context: Tensor | None = None) -> No
     Raises:
         ValueError: As :func:`sampler`.
         ImportError: Without the packages onnx and onnxscript.
+
+    Example:
+        >>> import os, tempfile
+        >>> from flows import export
+        >>> from flows.recipes import GaussianizationFlow
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "sampler.onnx")
+        ...     export.save_onnx(GaussianizationFlow(2, layers=1, bins=3), path)
+        ...     os.listdir(folder)
+        ['sampler.onnx']
     """
     if not (find_spec("onnx") and find_spec("onnxscript")):
         raise ImportError(

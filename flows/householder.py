@@ -18,15 +18,20 @@ __all__ = ["cwy", "reflect", "stiefel_cwy"]
 
 
 def cwy(vectors: Tensor) -> Tensor:
-    """Orthogonal matrix H(v_1) ... H(v_k), of determinant (-1)^k.
+    r"""Orthogonal matrix :math:`H(v_1) \cdots H(v_k)`, of determinant :math:`(-1)^k`.
+
+    :math:`H(v) = I - 2\, v v^T / |v|^2` reflects along v.
 
     Costs 3 k^2 n + 2 k n^2 flops: inner products, triangular solve, product.
 
     Args:
         vectors: Reflections, shape (..., k, n); leading axes are batch axes.
 
+    Shape:
+        vectors (..., k, n) to matrices (..., n, n)
+
     Returns:
-        Shape (..., n, n), in the dtype of ``vectors``.
+        The matrices, in the dtype of ``vectors``.
 
     Raises:
         ValueError: If ``vectors`` is not real floating-point with at least two axes.
@@ -56,8 +61,11 @@ def stiefel_cwy(vectors: Tensor) -> Tensor:
     Args:
         vectors: Reflections, shape (..., k, n), k at most n; leading axes are batch axes.
 
+    Shape:
+        vectors (..., k, n) to frames (..., n, k)
+
     Returns:
-        Orthonormal columns, shape (..., n, k), in the dtype of ``vectors``.
+        Frames of orthonormal columns, in the dtype of ``vectors``.
 
     Raises:
         ValueError: If ``vectors`` is not real floating-point with at least two axes, or k
@@ -97,11 +105,17 @@ def reflect(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> Tensor:
             axes of x for each row its own.
         inverse: Apply them in reverse order, which undoes them.
 
+    Shape:
+        x (..., n), vectors (k, n) or (..., k, n), to reflected x (..., n)
+
     Returns:
-        Shape and dtype of x; computed in float32 or better.
+        Vectors of the dtype of x; computed in float32 or better.
 
     Raises:
         ValueError: If shapes or dtypes do not fit.
+
+    Reference:
+        Likhosherstov et al. (2021), CWY Parametrization, arXiv 2004.08675
 
     Example:
         >>> import torch

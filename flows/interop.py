@@ -61,6 +61,15 @@ def from_normflows(layer: nn.Module) -> Transform:
 
     Reference:
         Stimper et al. (2023), normflows, arXiv 2302.12014
+
+    Example:
+        >>> import torch
+        >>> from flows import Rotation
+        >>> theirs = to_normflows(Rotation(2, init="haar"))  # stands for a layer of normflows
+        >>> ours = from_normflows(theirs)
+        >>> x = torch.ones(3, 2)
+        >>> torch.equal(ours(x)[0], theirs.inverse(x)[0])
+        True
     """
     return _Opposite(layer)
 
@@ -263,6 +272,15 @@ def from_zuko(lazy: nn.Module) -> Transform:
 
     Reference:
         Rozet et al. (2022), Zuko, 10.5281/zenodo.7625672
+
+    Example:
+        >>> import torch
+        >>> from flows import Rotation
+        >>> theirs = to_zuko(Rotation(2, init="haar"))  # stands for a lazy transform of zuko
+        >>> ours = from_zuko(theirs)
+        >>> x = torch.ones(3, 2)
+        >>> torch.allclose(ours.inverse(ours(x)[0])[0], x)
+        True
     """
     return _FromLazy(lazy)
 

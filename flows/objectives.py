@@ -36,11 +36,15 @@ def bits_per_dim(log_prob: Tensor | float, dims: int, *, bits: float = 8) -> Ten
         dims: D, the number of values of one sample, channels included.
         bits: n, the logarithm to base 2 of the number of levels; 8 for 8-bit images.
 
+    Shape:
+        (...) to (...)
+
     Raises:
         ValueError: If ``dims`` or ``bits`` is not positive, or ``log_prob`` holds a NaN:
             dropping it would flatter the result.
 
     Example:
+        >>> from flows import bits_per_dim
         >>> bits_per_dim(0.0, 784)  # the uniform density on [0, 1]
         tensor(8.)
     """
@@ -78,7 +82,7 @@ def elbo(
         repeats: Without a context, how many independent estimates to return; None for one.
 
     Shape:
-        () for ``repeats`` None, else (repeats,); with context (rows,)
+        () for ``repeats`` None, else (repeats,); with context (rows,); nats
 
     Raises:
         ValueError: If the flow, the target's shape or a number is not as said here.
@@ -87,6 +91,8 @@ def elbo(
             -inf, without a gradient, only if there is no other draw.
 
     Example:
+        >>> import math, torch
+        >>> from flows import Flow, elbo
         >>> from flows.distributions import DiagonalNormal
         >>> from flows.transforms import Rotation
         >>> flow = Flow(Rotation(2), DiagonalNormal(2))  # as yet the standard normal
@@ -113,9 +119,24 @@ def iwae(
     r"""Importance-weighted bound :math:`E\,\log \frac1T \sum_t p(x_t) / q(x_t) \le \log Z`.
 
     T is ``num_samples``; T = 1 is :func:`elbo`, and more draws make it tighter, the bound
-    tending to :math:`\log Z`. Arguments, shapes and errors are those of :func:`elbo`.
+    tending to :math:`\log Z`.
+
+    Args:
+        log_target: As for :func:`elbo`, called as ``log_target(x)`` or ``log_target(x, context)``.
+        flow: A Flow whose transform has an inverse, and whose base can be sampled with gradients.
+        num_samples: T, the draws of one bound.
+        context: Rows to be given to flow and target, each of which has a bound of its own.
+        repeats: Without a context, how many independent estimates to return; None for one.
+
+    Shape:
+        () for ``repeats`` None, else (repeats,); with context (rows,); nats
+
+    Raises:
+        ValueError: If the flow, the target's shape or a number is not as for :func:`elbo`.
+        FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> from flows import iwae
         >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=2, layers=1)
         >>> iwae(lambda x: -x.abs().sum(1), flow, 16, repeats=5).shape
@@ -145,10 +166,24 @@ def selbo(
 
     Its mean is that of :func:`elbo`, and the weights :math:`\alpha` learn. The K T draws pass
     the transform together; q is the density of the whole mixture, which takes no other pass. A
-    flow with any other base has one component. Arguments, shapes and errors are those of
-    :func:`elbo`.
+    flow with any other base has one component.
+
+    Args:
+        log_target: As for :func:`elbo`, called as ``log_target(x)`` or ``log_target(x, context)``.
+        flow: A Flow whose transform has an inverse, and whose base can be sampled with gradients.
+        num_samples: T, the draws of each component.
+        context: Rows to be given to flow and target, each of which has a bound of its own.
+        repeats: Without a context, how many independent estimates to return; None for one.
+
+    Shape:
+        () for ``repeats`` None, else (repeats,); with context (rows,); nats
+
+    Raises:
+        ValueError: If the flow, the target's shape or a number is not as for :func:`elbo`.
+        FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> from flows import selbo
         >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=2, layers=1, components=3)
         >>> selbo(lambda x: -x.abs().sum(1), flow).backward()
@@ -181,10 +216,24 @@ def siwae(
     with a flow that is merely good to weigh samples from: of components that do not overlap
     the weights cancel, and are not learned.
 
-    With one component it is :func:`iwae`. Arguments, shapes and errors are those of
-    :func:`elbo`.
+    With one component it is :func:`iwae`.
+
+    Args:
+        log_target: As for :func:`elbo`, called as ``log_target(x)`` or ``log_target(x, context)``.
+        flow: A Flow whose transform has an inverse, and whose base can be sampled with gradients.
+        num_samples: T, the draws of each component.
+        context: Rows to be given to flow and target, each of which has a bound of its own.
+        repeats: Without a context, how many independent estimates to return; None for one.
+
+    Shape:
+        () for ``repeats`` None, else (repeats,); with context (rows,); nats
+
+    Raises:
+        ValueError: If the flow, the target's shape or a number is not as for :func:`elbo`.
+        FloatingPointError: If the target is NaN or +inf somewhere.
 
     Example:
+        >>> from flows import siwae
         >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=2, layers=1, components=3)
         >>> loss = -siwae(lambda x: -x.abs().sum(1), flow, 4, repeats=64).mean()
@@ -211,13 +260,24 @@ def importance_sample(
 
     With w the exponentials of the log weights, :math:`\sum_n w_n` estimates Z without bias, and
     :math:`\sum_n w_n g(x_n) / \sum_n w_n` the mean of g under the target. There are
-    ``num_samples`` of every component of a mixture base, K times as many in all; arguments and
-    errors are those of :func:`elbo`.
+    ``num_samples`` of every component of a mixture base, K times as many in all.
+
+    Args:
+        log_target: As for :func:`elbo`, called as ``log_target(x)`` or ``log_target(x, context)``.
+        flow: A Flow whose transform has an inverse.
+        num_samples: Draws, of every component of a mixture base.
+        context: Rows to be given to flow and target, each of which has samples of its own.
 
     Shape:
         samples (n, ...) and log weights (n,); with context (rows, n, ...) and (rows, n)
 
+    Raises:
+        ValueError: If the flow, the target's shape or a number is not as for :func:`elbo`.
+        FloatingPointError: If the target is NaN or +inf somewhere.
+
     Example:
+        >>> import math
+        >>> from flows import Flow, effective_sample_size, importance_sample
         >>> from flows.distributions import GaussianMixture
         >>> from flows.transforms import Rotation
         >>> flow = Flow(Rotation(2), GaussianMixture(2, components=3))
@@ -246,6 +306,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
         (..., n) to (...)
 
     Example:
+        >>> import torch
+        >>> from flows import effective_sample_size
         >>> effective_sample_size(torch.tensor([0.0, 0.0, 0.0, -50.0]))
         tensor(3.)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import torch
 from matplotlib.axes import Axes
@@ -39,9 +39,9 @@ class Density(Protocol):
     def log_prob(self, x: Tensor) -> Tensor: ...
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path | BinaryIO) -> None:
     """Write a figure as PNG."""
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 @torch.no_grad()

@@ -17,7 +17,25 @@ class Distribution(nn.Module):
         shape: Shape of one sample; an int for vectors.
 
     Shape:
-        inputs (batch, *shape), context (batch, ...) to log_prob (batch,)
+        inputs ``(batch, *shape)``, context (batch, ...) to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If shapes or rows do not fit, or the number of samples or the temperature is
+            negative.
+
+    Example:
+        >>> import math, torch
+        >>> from flows.distributions import Distribution
+        >>> class Laplace(Distribution):
+        ...     def log_density(self, inputs, context):
+        ...         return -(inputs.abs() + math.log(2)).flatten(1).sum(1)
+        ...     def draw(self, like, context, temperature):
+        ...         there, back = (torch.empty_like(like).exponential_() for _ in range(2))
+        ...         return temperature * (there - back)
+        >>> Laplace(3).log_prob(torch.zeros(1, 3)).exp()  # (1/2)^3
+        tensor([0.1250])
+        >>> Laplace(3).sample(5).shape
+        torch.Size([5, 3])
     """
 
     def __init__(self, shape: int | tuple[int, ...]) -> None:
@@ -37,7 +55,7 @@ class Distribution(nn.Module):
         """Samples of the shape, dtype and device of ``like``, whose values mean nothing."""
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log density in nats, (batch, *shape) -> (batch,)."""
+        """Log density in nats, ``(batch, *shape)`` -> (batch,)."""
         if tuple(inputs.shape[1:]) != self.shape:
             raise ValueError(
                 f"inputs must be (batch, {', '.join(map(str, self.shape))}), "
@@ -52,7 +70,7 @@ class Distribution(nn.Module):
     def sample(
         self, num_samples: int, context: Tensor | None = None, *, temperature: float = 1.0
     ) -> Tensor:
-        """Samples (num_samples, *shape), or (rows of context, num_samples, *shape).
+        """Samples ``(num_samples, *shape)``, or ``(rows of context, num_samples, *shape)``.
 
         ``temperature`` multiplies the deviation of the samples from their centre, and so
         their standard deviation; 0 gives the centre itself.

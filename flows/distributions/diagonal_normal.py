@@ -51,10 +51,16 @@ class DiagonalNormal(Distribution):
             ignores the context.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,)
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If ``shape`` holds no sizes, inputs have another shape, or there is a ``net``
+            but no context.
 
     Example:
+        >>> import torch
         >>> from functools import partial
+        >>> from flows.distributions import DiagonalNormal
         >>> from flows.nets import MLP
         >>> law = DiagonalNormal(2, net=partial(MLP, context_features=3))
         >>> law.sample(5, torch.zeros(4, 3)).shape
@@ -83,7 +89,7 @@ class DiagonalNormal(Distribution):
         return mean + temperature * scale * torch.randn_like(like)
 
     def mean_and_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, each (*shape), with a net (rows of context, *shape)."""
+        """Mean and deviation, each ``(*shape)``; with a net ``(rows of context, *shape)``."""
         if self.net is None:
             return self.mean, to_scale(self.raw_scale)
         shift, change = from_context(self.net, context).unflatten(1, (2, *self.shape)).unbind(1)

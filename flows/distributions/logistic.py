@@ -19,10 +19,19 @@ class Logistic(Distribution):
         shape: Shape of one sample; an int for vectors.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,); a context is ignored
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats; a context is ignored
+
+    Raises:
+        ValueError: If ``shape`` holds no sizes, or inputs have another shape.
 
     Reference:
         Dinh et al. (2015), NICE, arXiv 1410.8516, whose base it is
+
+    Example:
+        >>> import torch
+        >>> from flows.distributions import Logistic
+        >>> Logistic(1).log_prob(torch.zeros(1, 1)).exp()
+        tensor([0.2500])
     """
 
     def log_density(self, inputs: Tensor, context: Tensor | None) -> Tensor:

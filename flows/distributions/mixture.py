@@ -37,9 +37,14 @@ class GaussianMixture(Distribution):
             ignores the context.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,)
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If ``components`` is below 1, ``shape`` holds no sizes, inputs have another
+            shape, or there is a ``net`` but no context.
 
     Example:
+        >>> from flows.distributions import GaussianMixture
         >>> GaussianMixture(2, components=8).sample(5).shape
         torch.Size([5, 2])
     """
@@ -94,8 +99,8 @@ class GaussianMixture(Distribution):
             context: As in :meth:`sample`.
 
         Returns:
-            Points (num_samples, components, *shape) and log weights (components,); with
-            context (rows, num_samples, components, *shape) and (rows, components).
+            Points ``(num_samples, components, *shape)`` and log weights (components,); with
+            context ``(rows, num_samples, components, *shape)`` and (rows, components).
         """
         check_at_least(0, num_samples=num_samples)
         means, scales, log_weights = self.mixture(context)
@@ -108,7 +113,7 @@ class GaussianMixture(Distribution):
         return means + scales * noise, log_weights.expand(*rows, self.components)
 
     def mixture(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Means and scales (components, *shape) and log weights (components,).
+        """Means and scales ``(components, *shape)`` and log weights (components,).
 
         With a net each has the rows of the context as its first axis.
         """

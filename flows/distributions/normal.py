@@ -17,11 +17,16 @@ class Normal(Distribution):
         shape: Shape of one sample; an int for vectors.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,); a context is ignored
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats; a context is ignored
+
+    Raises:
+        ValueError: If ``shape`` holds no sizes, or inputs have another shape.
 
     Example:
-        >>> Normal(2).log_prob(torch.zeros(3, 2)).shape
-        torch.Size([3])
+        >>> import torch
+        >>> from flows.distributions import Normal
+        >>> Normal(2).log_prob(torch.zeros(1, 2))  # -log(2 pi)
+        tensor([-1.8379])
     """
 
     def log_density(self, inputs: Tensor, context: Tensor | None) -> Tensor:

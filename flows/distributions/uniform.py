@@ -22,7 +22,17 @@ class Uniform(Distribution):
         high: Upper end of every side, greater than ``low``.
 
     Shape:
-        inputs (batch, *shape) to log_prob (batch,); a context is ignored
+        inputs ``(batch, *shape)`` to log_prob (batch,) in nats; a context is ignored
+
+    Raises:
+        ValueError: If ``low`` is not below ``high``, or inputs have another shape.
+
+    Example:
+        >>> import torch
+        >>> from flows.distributions import Uniform
+        >>> law = Uniform(2, low=-1.0, high=1.0)  # on a square of area 4
+        >>> law.log_prob(torch.tensor([[0.5, 0.5], [0.5, 2.0]])).exp()
+        tensor([0.2500, 0.0000])
     """
 
     def __init__(

@@ -52,6 +52,9 @@ def matrix(
             (schedules made by ``crossing`` or ``cosine_sine``), or ``"auto"``: the fastest
             that is there. With phases: ``"reference"`` or ``"rounds"``.
 
+    Shape:
+        angles (..., num_angles) to matrices (..., dim, dim)
+
     Returns:
         One matrix per set of angles, in the dtype and on the device of ``angles``; with phases
         in the complex dtype of that precision.
@@ -106,6 +109,9 @@ def rotate(
         inverse: Undo the rotations instead; the inverse of U is ``U.mH``.
         impl: As in :func:`matrix`.
 
+    Shape:
+        x (..., dim), angles (num_angles,) or (..., num_angles), to rotated x (..., dim)
+
     Returns:
         Rotated vectors, of the shape of x; complex with phases.
 
@@ -114,6 +120,16 @@ def rotate(
 
     Reference:
         Hamze (2021), arXiv 2106.00003; the backward pass keeps only the output and the angles.
+
+    Example:
+        >>> import math, torch
+        >>> from flows import givens
+        >>> angles, schedule = torch.tensor([math.pi / 2]), givens.crossing(2)
+        >>> y = givens.rotate(torch.tensor([3.0, 4.0]), angles, schedule)
+        >>> y.round(decimals=4)  # a quarter turn
+        tensor([-4.,  3.])
+        >>> givens.rotate(y, angles, schedule, inverse=True).round(decimals=4)
+        tensor([3., 4.])
     """
     _check_angles(angles, schedule)
     if x.ndim == 0 or x.shape[-1] != schedule.dim:

@@ -44,6 +44,9 @@ def recover(
         generator: Source of the random starts; by default one of its own, seeded alike in
             every call.
 
+    Shape:
+        matrix (..., dim, dim) to angles (..., num_angles)
+
     Returns:
         Radians from -pi to pi, in the order of ``schedule.planes``, in the dtype and on the
         device of ``matrix``.

@@ -44,6 +44,17 @@ class Schedule:
         round_sizes: Number of planes in each round.
         round_of_plane: Round of each plane; int64, shape (num_angles,).
         name: How the schedule was made.
+
+    Raises:
+        ValueError: If ``dim`` is below 2, or rounds hold anything but disjoint planes.
+
+    Example:
+        >>> from flows.givens import Schedule
+        >>> schedule = Schedule(4, [[(0, 1), (2, 3)], [(0, 2), (1, 3)]])
+        >>> len(schedule), schedule.num_angles
+        (2, 4)
+        >>> schedule.blocks(2).rounds  # only planes within axes 0 and 1, or 2 and 3
+        (((0, 1), (2, 3)),)
     """
 
     def __init__(self, dim: int, rounds: Iterable[Iterable[tuple[int, int]]]) -> None:
@@ -230,6 +241,20 @@ def round_robin(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Circle method (Hamze 2021, arXiv 2106.00003): n-1 rounds for even n, n for odd n.
 
     Every plane once. For odd n the fixed seat rests, which makes the schedule onto SO(n).
+
+    Args:
+        n: Number of axes, at least 2.
+
+    Raises:
+        ValueError: If ``n`` is no integer of at least 2.
+
+    Reference:
+        Hamze (2021), arXiv 2106.00003
+
+    Example:
+        >>> from flows import givens
+        >>> givens.round_robin(4).rounds
+        (((0, 3), (1, 2)), ((1, 3), (0, 2)), ((2, 3), (0, 1)))
     """
     seats = n - 1 if n % 2 == 0 else n
     r, k = np.meshgrid(np.arange(seats), np.arange(1, (seats + 1) // 2), indexing="ij")
@@ -247,6 +272,20 @@ def odd_even(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Brick wall of n rounds with each swap of wires folded into its rotation.
 
     Every plane once, onto SO(n); the real Clements mesh (arXiv 1603.08788).
+
+    Args:
+        n: Number of axes, at least 2.
+
+    Raises:
+        ValueError: If ``n`` is no integer of at least 2.
+
+    Reference:
+        Clements et al. (2016), arXiv 1603.08788, there complex
+
+    Example:
+        >>> from flows import givens
+        >>> givens.odd_even(4).planes.tolist()
+        [[0, 1], [2, 3], [0, 3], [1, 3], [0, 2], [1, 2]]
     """
     wires = np.arange(n)
     planes, rounds = [], []
@@ -265,6 +304,17 @@ def crossing(n: int) -> tuple[np.ndarray, np.ndarray]:
     Every plane once, onto SO(n), isometric at angle zero, and buildable by batched products.
     The planes (a, b) of X(A, B) meet in wavefronts: for a fixed a the b ascend, for a fixed
     b the a descend, which is the recursion of README.md written as rounds.
+
+    Args:
+        n: Number of axes, at least 2.
+
+    Raises:
+        ValueError: If ``n`` is no integer of at least 2.
+
+    Example:
+        >>> from flows import givens
+        >>> givens.crossing(4).rounds
+        (((0, 1), (2, 3)), ((1, 2),), ((0, 2), (1, 3)), ((0, 3),))
     """
 
     def build(size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -290,6 +340,20 @@ def cosine_sine(n: int) -> tuple[np.ndarray, np.ndarray]:
     Planes repeat, their number is still n(n-1)/2. Onto SO(n); degenerate when all angles are
     zero, so start it from random angles. Right factors first, then the planes (k, p + k),
     then the left factors, p = ceil(n/2).
+
+    Args:
+        n: Number of axes, at least 2.
+
+    Raises:
+        ValueError: If ``n`` is no integer of at least 2.
+
+    Reference:
+        Golub and Van Loan, Matrix Computations, for the CS decomposition
+
+    Example:
+        >>> from flows import givens
+        >>> givens.cosine_sine(4).rounds
+        (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1), (2, 3)))
     """
 
     def build(size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -314,6 +378,20 @@ def hurwitz(n: int) -> tuple[np.ndarray, np.ndarray]:
     """QR order, last columns first, packed into 2n-3 rounds.
 
     Every plane once, onto SO(n); ``frame(m)`` reaches every frame for every m.
+
+    Args:
+        n: Number of axes, at least 2.
+
+    Raises:
+        ValueError: If ``n`` is no integer of at least 2.
+
+    Reference:
+        Hoffman, Raffenetti and Ruedenberg (1972), J. Math. Phys. 13, 528
+
+    Example:
+        >>> from flows import givens
+        >>> givens.hurwitz(4).rounds
+        (((2, 3),), ((1, 3),), ((0, 3), (1, 2)), ((0, 2),), ((0, 1),))
     """
     i, j = np.triu_indices(n, 1)
     return _sorted_planes(i, j), 2 * n - 3 - i - j
@@ -324,6 +402,17 @@ def butterfly(n: int) -> tuple[np.ndarray, np.ndarray]:
     """FFT pattern: round k joins axes that differ in bit k; ceil(log2 n) rounds.
 
     (n/2) log2 n planes for n a power of two; for other n the pairs that exist. Not onto.
+
+    Args:
+        n: Number of axes, at least 2.
+
+    Raises:
+        ValueError: If ``n`` is no integer of at least 2.
+
+    Example:
+        >>> from flows import givens
+        >>> givens.butterfly(4).rounds
+        (((0, 1), (2, 3)), ((0, 2), (1, 3)))
     """
     axes = np.arange(n)
     planes, rounds = [], []

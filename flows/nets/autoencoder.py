@@ -21,6 +21,15 @@ class ConvEncoder(nn.Module):
 
     Shape:
         inputs (batch, channels, height, width) to outputs (batch, out_features)
+
+    Raises:
+        ValueError: If a size is too small, or height or width no multiple of 4.
+
+    Example:
+        >>> import torch
+        >>> from flows.nets import ConvEncoder
+        >>> ConvEncoder((1, 8, 8), out_features=5)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 5])
     """
 
     def __init__(
@@ -62,6 +71,15 @@ class ConvDecoder(nn.Module):
 
     Shape:
         inputs (batch, in_features) to outputs (batch, channels, height, width)
+
+    Raises:
+        ValueError: If a size is too small, or height or width no multiple of 4.
+
+    Example:
+        >>> import torch
+        >>> from flows.nets import ConvDecoder
+        >>> ConvDecoder(in_features=5, shape=(1, 8, 8))(torch.randn(2, 5)).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(

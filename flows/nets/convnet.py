@@ -25,8 +25,19 @@ class ConvNet(nn.Module):
         inputs (batch, in_features, height, width), context (batch, context_features) to
         outputs (batch, out_features, height, width)
 
+    Raises:
+        ValueError: If a size is too small, ``kernel_sizes`` are not three odd numbers, or the
+            context is not of ``context_features`` columns.
+
     Reference:
         Kingma and Dhariwal (2018), Glow, arXiv 1807.03039
+
+    Example:
+        >>> import torch
+        >>> from flows.nets import ConvNet
+        >>> outputs = ConvNet(3, 6)(torch.randn(2, 3, 8, 8))
+        >>> outputs.shape, outputs.any().item()  # zeros, as yet
+        (torch.Size([2, 6, 8, 8]), False)
     """
 
     def __init__(

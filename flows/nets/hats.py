@@ -25,11 +25,16 @@ class Hats(nn.Module):
     Shape:
         (batch, features) to (batch, features * knots)
 
+    Raises:
+        ValueError: If ``features`` or ``knots`` is too small, or ``bound`` is not positive.
+
     Reference:
         Gorishniy et al. (2022), On Embeddings for Numerical Features in Tabular Deep Learning,
         arXiv 2203.05556, whose piecewise linear encoding has ramps in place of hats.
 
     Example:
+        >>> import torch
+        >>> from flows.nets import Hats
         >>> Hats(1, knots=3, bound=1.0)(torch.tensor([[-0.25], [1.0]]))
         tensor([[0.2500, 0.7500, 0.0000],
                 [0.0000, 0.0000, 1.0000]])

@@ -21,6 +21,8 @@ class OneHot(nn.Module):
         ValueError: For labels that are no integers, out of range, or not (batch,).
 
     Example:
+        >>> import torch
+        >>> from flows.nets import OneHot
         >>> OneHot(3)(torch.tensor([2, 0]))
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])

@@ -28,8 +28,21 @@ class MADE(nn.Module):
     Shape:
         inputs (batch, features) to outputs (batch, features, parameters_per_feature)
 
+    Raises:
+        ValueError: If sizes do not fit, or the context is not of ``context_features`` columns.
+
     Reference:
         Germain et al. (2015), MADE, arXiv 1502.03509
+
+    Example:
+        >>> import torch
+        >>> from flows.nets import MADE
+        >>> net = MADE(3, parameters_per_feature=2)
+        >>> _ = torch.nn.init.normal_(net.last.weight, std=0.1)
+        >>> net(torch.randn(5, 3)).shape
+        torch.Size([5, 3, 2])
+        >>> torch.equal(*net(torch.randn(2, 3))[:, 0])  # those of the first feature see none
+        True
     """
 
     def __init__(

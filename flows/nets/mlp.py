@@ -33,6 +33,17 @@ class MLP(nn.Module):
 
     Shape:
         inputs (batch, in_features) to outputs (batch, out_features)
+
+    Raises:
+        ValueError: If a size is too small, ``activation`` is unknown, there are neither inputs nor
+            a context, or the context is not of ``context_features`` columns.
+
+    Example:
+        >>> import torch
+        >>> from flows.nets import MLP
+        >>> net = MLP(2, 3, context_features=1)
+        >>> net(torch.randn(1, 2), torch.randn(1, 1)).tolist()
+        [[0.0, 0.0, 0.0]]
     """
 
     def __init__(

@@ -20,8 +20,12 @@ class StandardizedContext(nn.Module):
     Shape:
         (batch, features) to (batch, features)
 
+    Raises:
+        ValueError: If ``features`` is below 1, or the context has another number of columns.
+
     Example:
         >>> import torch
+        >>> from flows.nets import StandardizedContext
         >>> StandardizedContext(1)(torch.tensor([[1000.0], [1004.0]]))
         tensor([[-1.],
                 [ 1.]])

@@ -180,6 +180,7 @@ def param_groups_for(
         ``[{"params": [...], "method": "matrix"}, {"params": [...], "method": "adamw"}]``
 
     Example:
+        >>> from flows.optim import param_groups_for
         >>> from flows.recipes import RotationSplineFlow
         >>> matrices, others = param_groups_for(RotationSplineFlow(2, layers=1))
         >>> len(matrices["params"]) > 0, others["method"]

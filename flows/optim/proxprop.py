@@ -67,6 +67,7 @@ class ProxProp(Preconditioned):
     Example:
         >>> import torch
         >>> from flows.nets import MLP
+        >>> from flows.optim import ProxProp
         >>> net = MLP(2, 1)
         >>> optimizer = ProxProp(net, lr=1.0, tau_theta=0.05)
         >>> net(torch.randn(64, 2)).square().mean().backward()

@@ -69,6 +69,7 @@ class SENG(Preconditioned):
     Example:
         >>> import torch
         >>> from flows.nets import MLP
+        >>> from flows.optim import SENG
         >>> net = MLP(2, 1)
         >>> optimizer = SENG(net, lr=0.1, damping=1.0)
         >>> net(torch.randn(64, 2)).square().mean().backward()

@@ -38,11 +38,19 @@ class GaussianizationFlow(Flow):
         mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
             ``"angles"``, ``"householder"``, ``"lu"`` or ``"permutation"``.
 
+    Shape:
+        inputs (batch, features), context (batch, context_features) or labels (batch,), to
+        log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If a size is too small, or there are both context columns and classes.
+
     Reference:
         Meng et al. (2020), Gaussianization Flows, arXiv 2003.01941; there the marginal maps
         are mixtures of logistics.
 
     Example:
+        >>> from flows.recipes import GaussianizationFlow
         >>> flow = GaussianizationFlow(features=3, layers=4)
         >>> flow.sample(5).shape
         torch.Size([5, 3])

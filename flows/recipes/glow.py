@@ -58,12 +58,22 @@ class Glow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
+    Shape:
+        inputs (batch, channels, height, width), pixels k / grey_levels, context
+        (batch, context_features) or labels (batch,), to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If sizes do not fit, an option is none of those named, or there are both
+            context columns and classes.
+        InputOutsideDomain: For inputs outside [0, 1].
+
     Reference:
         Kingma and Dhariwal (2018), arXiv 1807.03039; there with
         ``mixing="lu"`` from random orthogonal matrices.
 
     Example:
         >>> import torch
+        >>> from flows.recipes import Glow
         >>> flow = Glow((3, 8, 8), levels=2, steps=1, hidden_features=8, classes=10)
         >>> flow.sample(5, torch.tensor([3, 7])).shape
         torch.Size([2, 5, 3, 8, 8])

@@ -43,10 +43,18 @@ class MaskedSplineFlow(Flow):
             :func:`~flows.recipes.mixing.choose_mixing`: ``"permutation"``, or ``"angles"``,
             ``"householder"`` or ``"lu"``, which start at random orthogonal matrices.
 
+    Shape:
+        inputs (batch, features), context (batch, context_features) or labels (batch,), to
+        log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If a size is too small, or there are both context columns and classes.
+
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
 
     Example:
+        >>> from flows.recipes import MaskedSplineFlow
         >>> flow = MaskedSplineFlow(features=3, layers=2)
         >>> flow.sample(5).shape
         torch.Size([5, 3])

@@ -43,7 +43,19 @@ class RotationSplineFlow(Flow):
         mixing: What turns the features, by :func:`~flows.recipes.mixing.choose_mixing`:
             ``"angles"``, ``"householder"``, ``"lu"`` or ``"permutation"``.
 
+    Shape:
+        inputs (batch, features), context (batch, context_features) or labels (batch,), to
+        log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If a size is too small, or there are both context columns and classes.
+
+    Reference:
+        Hamze (2021), arXiv 2106.00003, for the rotations; Durkan et al. (2019), Neural Spline
+        Flows, arXiv 1906.04032, for the couplings
+
     Example:
+        >>> from flows.recipes import RotationSplineFlow
         >>> flow = RotationSplineFlow(features=2, layers=4)
         >>> flow.sample(5).shape
         torch.Size([5, 2])

@@ -51,9 +51,14 @@ class SylvesterVAE(nn.Module):
             ``"permutation"``; not ``"lu"``.
 
     Shape:
-        inputs (batch, channels, height, width), pixels k / L, to log_prob (batch,)
+        inputs (batch, channels, height, width), pixels k / L, to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If sizes do not fit, ``mixing`` is none of those named, or there is a context.
+        InputOutsideDomain: For inputs outside [0, 1].
 
     Example:
+        >>> from flows.recipes import SylvesterVAE
         >>> vae = SylvesterVAE((1, 8, 8), grey_levels=17, latent_features=4)
         >>> vae.sample(5).shape
         torch.Size([5, 1, 8, 8])
@@ -149,5 +154,5 @@ class SylvesterVAE(nn.Module):
         return sum_features(pixels) + self.prior.log_prob(latent) - log_posterior
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The pixels' law given latents: parameters (batch, parameters per pixel, *shape)."""
+        """The pixels' law given latents: parameters ``(batch, parameters per pixel, *shape)``."""
         return self.decoder(latent).to(latent.dtype).unflatten(1, (-1, self.shape[0]))

@@ -40,10 +40,19 @@ class VolumePreservingFlow(Flow):
         transforms: Layers to use instead of those triples; all must preserve volume. What
             describes the triples, ``mixing`` included, then does not count.
 
+    Shape:
+        inputs (batch, features), context (batch, context_features) or labels (batch,), to
+        log_prob (batch,) in nats
+
     Raises:
         ValueError: If a layer of ``transforms``, or ``mixing``, may change volume.
 
+    Reference:
+        Hamze (2021), arXiv 2106.00003, for the rotations; Draxler et al. (2024),
+        arXiv 2402.06578, for what the mixture is needed for
+
     Example:
+        >>> from flows.recipes import VolumePreservingFlow
         >>> flow = VolumePreservingFlow(features=3, layers=2)
         >>> flow.transform(flow.sample(4))[1]
         tensor([0., 0., 0., 0.])

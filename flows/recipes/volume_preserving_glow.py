@@ -55,11 +55,21 @@ class VolumePreservingGlow(Flow):
         context_features: Columns of the context; 0 for none.
         classes: Number of classes, whose labels are the context instead; None for none.
 
+    Shape:
+        inputs (batch, channels, height, width), pixels k / grey_levels, context
+        (batch, context_features) or labels (batch,), to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If sizes do not fit, an option is none of those named, or ``mixing`` may change
+            volume.
+        InputOutsideDomain: For inputs outside [0, 1].
+
     Reference:
         Sorrenson et al. (2020), GIN, arXiv 2001.04872, for the incompressible coupling
 
     Example:
         >>> import torch
+        >>> from flows.recipes import VolumePreservingGlow
         >>> flow = VolumePreservingGlow((1, 4, 4), grey_levels=16, levels=1, hidden_features=8)
         >>> flow.transform.transforms[2](torch.randn(2, 1, 4, 4))[1]
         tensor([0., 0.])

@@ -14,7 +14,19 @@ HAS_NUMBA = find_spec("numba") is not None
 
 
 def spline_parameters(bins: int) -> int:
-    """Unconstrained parameters of one spline: widths, heights and the inner knots' slopes."""
+    """Unconstrained parameters of one spline: widths, heights and the inner knots' slopes.
+
+    Args:
+        bins: Number of bins, at least 2.
+
+    Raises:
+        ValueError: If ``bins`` is below 2.
+
+    Example:
+        >>> from flows.splines import spline_parameters
+        >>> spline_parameters(8)  # 8 widths, 8 heights, 7 slopes
+        23
+    """
     check_at_least(2, bins=bins)
     return 3 * bins - 1
 
@@ -37,10 +49,13 @@ def rational_quadratic_spline(
 
     Args:
         inputs: Values, any shape.
-        parameters: Unconstrained, shape (*inputs.shape, 3 * bins - 1) or broadcasting to it;
+        parameters: Unconstrained, shape ``(*inputs.shape, 3 * bins - 1)`` or broadcasting to it;
             on the last axis raw widths, raw heights, raw slopes.
         tail_bound: Half-width B of the interval.
         inverse: Apply the inverse function.
+
+    Shape:
+        inputs (...), parameters (..., 3 * bins - 1), to outputs (...) and log derivatives (...)
 
     Returns:
         Outputs and the elementwise log derivative in nats, both of the shape of inputs.
@@ -50,6 +65,18 @@ def rational_quadratic_spline(
 
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
+
+    Example:
+        >>> import torch
+        >>> from flows.splines import rational_quadratic_spline, spline_parameters
+        >>> x = torch.tensor([-1.0, 2.0, 9.0])
+        >>> parameters = torch.randn(3, spline_parameters(bins=4))
+        >>> y, log_slope = rational_quadratic_spline(x, parameters, tail_bound=5.0)
+        >>> y[2].item(), log_slope[2].item()  # 9 is outside the interval
+        (9.0, 0.0)
+        >>> back, _ = rational_quadratic_spline(y, parameters, tail_bound=5.0, inverse=True)
+        >>> torch.allclose(back, x, atol=1e-3)
+        True
     """
     check_positive(tail_bound=tail_bound)
     parameters = _aligned(parameters, inputs.shape)

@@ -1,5 +1,7 @@
 """Exponential moving average of the parameters, which evaluation and checkpoints use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,14 @@ class ParameterAverage(Callback):
         kept: By name, what the module does not hold at the moment: the average during
             training, the parameters during validation and after the fit.
         updates: Steps averaged so far, t.
+
+    Example:
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> flow = RotationSplineFlow(features=2, layers=1)
+        >>> (average,) = DensityEstimator(flow, ema_decay=0.999).configure_callbacks()
+        >>> type(average).__name__, average.decay
+        ('ParameterAverage', 0.999)
     """
 
     def __init__(self, decay: float) -> None:
@@ -83,6 +93,15 @@ class ParameterAverage(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
+
+    @contextmanager
+    def lent(self, pl_module: LightningModule) -> Iterator[None]:
+        """The average in place of the parameters, between two steps of training."""
+        self._swap(pl_module)
+        try:
+            yield
+        finally:
+            self._swap(pl_module)
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:

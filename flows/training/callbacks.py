@@ -30,6 +30,19 @@ class BatchSeed(Callback):
 
     Args:
         seed: Seed of the run.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> from flows.training import BatchSeed
+        >>> trainer = SimpleNamespace(global_rank=0, current_epoch=3)  # what it asks of them
+        >>> model = SimpleNamespace(device=torch.device("cpu"))
+        >>> draws = []
+        >>> for _ in range(2):
+        ...     BatchSeed(seed=0).on_train_batch_start(trainer, model, batch=None, batch_idx=5)
+        ...     draws.append(torch.rand(3))
+        >>> torch.equal(*draws)
+        True
     """
 
     def __init__(self, seed: int) -> None:
@@ -190,7 +203,24 @@ class Recorder(Checkpoint):
 
     Attributes:
         rows: One dict per epoch: epoch, step, lr and all logged metrics.
-        seconds: Training time so far, over all sessions of the run.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from datasets.toy import TwoMoons
+        >>> from pytorch_lightning import Trainer
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator, Recorder
+        >>> model = DensityEstimator(RotationSplineFlow(features=2, layers=1))
+        >>> data = TwoMoons(batches_per_epoch=2, val_size=100, test_size=100)
+        >>> quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(
+        ...         max_epochs=1, accelerator="cpu", callbacks=[Recorder(folder)], **quiet
+        ...     )
+        ...     trainer.fit(model, data)
+        ...     print(Path(folder, "metrics.csv").read_text().splitlines()[0])
+        epoch,step,lr,val/nll,val/kl,train/nll
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -202,6 +232,7 @@ class Recorder(Checkpoint):
 
     @property
     def seconds(self) -> float:
+        """Training time so far, over all sessions of the run."""
         return self._earlier + time.monotonic() - self._start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,5 +1,6 @@
 """LightningCLI that keeps every run in a folder of its own and answers mistakes in one line."""
 
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -26,6 +27,7 @@ from flows.training.callbacks import BatchSeed, BestAndLast, Interrupted, Record
 from flows.training.configs import check_config
 from flows.training.files import AtomicCheckpointIO, write_atomically
 from flows.training.module import DensityEstimator
+from flows.training.pictures import Pictures
 from flows.training.resume import (
     barely_begun,
     check_architecture,
@@ -114,6 +116,12 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--threads", type=PositiveInt | None, help="CPU threads; one is best for small flows."
         )
+        parser.add_argument(
+            "--pictures_every_n_epochs",
+            type=NonNegativeInt | None,
+            help="Epochs between pictures of what the flow has learned; 0 for none; null for "
+            "pictures after 1, 2, 4, 8, ... epochs.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -167,7 +175,9 @@ class RunCLI(LightningCLI):
         return None if isinstance(seed, bool) else seed
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        callbacks = [Recorder(self.folder), BestAndLast(self.folder)]
+        recorder = Recorder(self.folder)
+        pictures = Pictures(recorder, self.config.pictures_every_n_epochs)
+        callbacks = [recorder, BestAndLast(self.folder), pictures]
         if self._seed is not None:
             callbacks.append(BatchSeed(self._seed))
         self.trainer_defaults["callbacks"] = callbacks
@@ -264,6 +274,14 @@ class RunCLI(LightningCLI):
             )[0]
         except (FloatingPointError, InputOutsideDomain) as error:
             sys.exit(f"error: {error}")
+
+    def write_metrics(self, metrics: dict[str, float]) -> Path:
+        """Write what :meth:`test` returned beside the checkpoint, of best.ckpt test-best.json."""
+        path = self.resumed_from.with_name(f"test-{self.resumed_from.stem}.json")
+        found = {"checkpoint": str(self.resumed_from), **metrics}
+        with write_atomically(path) as file:
+            json.dump(found, file, indent=2, allow_nan=False)
+        return path
 
     def audit(self) -> Audit:
         """What :func:`flows.diagnostics.audit` says of the checkpoint on the test split."""

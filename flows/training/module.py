@@ -66,6 +66,26 @@ class DensityEstimator(LightningModule):
             for maximum likelihood.
         objective_samples: Draws of each bound, or, for ``"selbo"`` and ``"siwae"``, of each
             component of the base.
+
+    Shape:
+        inputs (batch, ...), context (batch, ...) to log_prob (batch,) in nats
+
+    Raises:
+        ValueError: If the flow has no ``forward``, ``log_prob`` and ``sample``, or an option is
+            out of range or does not fit the flow.
+
+    Example:
+        >>> from datasets.toy import TwoMoons
+        >>> from pytorch_lightning import Trainer
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> model = DensityEstimator(RotationSplineFlow(features=2, layers=1), lr=5e-3)
+        >>> data = TwoMoons(batches_per_epoch=2, val_size=100, test_size=100)
+        >>> quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
+        >>> trainer = Trainer(max_epochs=1, enable_checkpointing=False, accelerator="cpu", **quiet)
+        >>> trainer.fit(model, data)
+        >>> trainer.global_step, sorted(trainer.logged_metrics)
+        (2, ['train/nll', 'val/kl', 'val/nll'])
     """
 
     def __init__(
@@ -166,6 +186,7 @@ class DensityEstimator(LightningModule):
         self.trainer.precision_plugin.convert_module(self)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Mean of -log_prob over the batch, or of minus the bound of the objective, in nats."""
         what = f"training diverged in epoch {self.current_epoch}, step {self.global_step}"
         if self.objective is not None:
             return self._variational_loss(len(batch[0]), what)
@@ -193,6 +214,7 @@ class DensityEstimator(LightningModule):
         return -bounds.mean()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """End the run where a gradient is not finite, with the name of its parameter."""
         # In float16 a scaler finds such gradients itself and leaves the step out.
         if self.trainer.precision == "16-mixed":
             if self._diverged:
@@ -208,9 +230,11 @@ class DensityEstimator(LightningModule):
             )
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Add the batch to the means that the epoch logs as ``val/...``."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Add the batch to the means that the epoch logs as ``test/...``."""
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: tuple[Tensor, ...]) -> None:
@@ -276,6 +300,7 @@ class DensityEstimator(LightningModule):
         return bits_per_dim(log_prob, inputs[0].numel(), bits=math.log2(self._grey_levels))
 
     def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that the options ask for: averages, recentring, patience."""
         options = {
             ParameterAverage: self.ema_decay or None,
             Recenter: self.recenter_every_n_epochs,
@@ -285,6 +310,7 @@ class DensityEstimator(LightningModule):
         return callbacks + [InversionError()] if reversible_chains(self.flow) else callbacks
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and for each of its steps the warm-up or the cosine to zero."""
         if self.optimizer is None:
             optimizer = self._adamw()
         else:

@@ -19,6 +19,14 @@ class Recenter(Callback):
 
     Args:
         epochs: Epochs between two calls, at least 1.
+
+    Example:
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> flow = RotationSplineFlow(features=2, layers=1)
+        >>> (recenter,) = DensityEstimator(flow, recenter_every_n_epochs=5).configure_callbacks()
+        >>> type(recenter).__name__, recenter.epochs
+        ('Recenter', 5)
     """
 
     def __init__(self, epochs: int) -> None:

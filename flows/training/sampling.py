@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from flows import plots
@@ -21,6 +23,8 @@ __all__ = ["precise", "read_context", "write_samples"]
 
 # Panels in a picture of points.
 PANELS = 16
+# Samples drawn at once.
+CHUNK = 1000
 
 
 def write_samples(
@@ -66,8 +70,7 @@ def write_samples(
     flow = precise(load(path))
     given = _given(flow, labels, context)
     torch.manual_seed(seed)
-    with torch.no_grad():
-        samples = flow.sample(num_samples, given, temperature=temperature)
+    samples = _draw(flow, num_samples, given, temperature)
     shape = samples.shape[1 if given is None else 2 :]
     drawable = len(shape) == 3 or shape == (2,)
     if output is None:
@@ -94,6 +97,22 @@ def write_samples(
             kinds = ".png, .npy or .csv" if drawable else ".npy or .csv"
             raise ValueError(f"output must end in {kinds}, got {output.name}.")
     return output
+
+
+@torch.no_grad()
+def _draw(flow: nn.Module, n: int, given: Tensor | None, temperature: float) -> Tensor:
+    """As ``flow.sample``, some at a time and with a progress bar where there are many."""
+    size = CHUNK if given is None else max(1, CHUNK // len(given))
+    sizes = [min(size, n - start) for start in range(0, n, size)]
+    bar = track(
+        sizes,
+        description="sampling",
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(sizes) == 1,
+    )
+    parts = [flow.sample(size, given, temperature=temperature) for size in bar]
+    return torch.cat(parts, dim=0 if given is None else 1)
 
 
 def precise(flow: nn.Module) -> nn.Module:

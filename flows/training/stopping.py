@@ -13,6 +13,14 @@ class Patience(EarlyStopping):
 
     Args:
         validations: How many, at least 1.
+
+    Example:
+        >>> from flows.recipes import RotationSplineFlow
+        >>> from flows.training import DensityEstimator
+        >>> flow = RotationSplineFlow(features=2, layers=1)
+        >>> (patience,) = DensityEstimator(flow, early_stopping_patience=10).configure_callbacks()
+        >>> type(patience).__name__, patience.exhausted
+        ('Patience', False)
     """
 
     def __init__(self, validations: int) -> None:
@@ -20,6 +28,7 @@ class Patience(EarlyStopping):
 
     @property
     def exhausted(self) -> bool:
+        """Whether so many validations have passed, and the run is over."""
         return self.wait_count >= self.patience
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,10 +24,24 @@ class ActNorm(Transform):
         features: Size of axis 1: features of vectors, channels of images.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats.
+
+    Raises:
+        ValueError: If ``features`` is below 1 or not that of the inputs, or the first batch is
+            not finite.
 
     Reference:
         Kingma and Dhariwal (2018), Glow, arXiv 1807.03039
+
+    Example:
+        >>> import torch
+        >>> from flows import ActNorm
+        >>> layer = ActNorm(1)
+        >>> outputs, logabsdet = layer(torch.tensor([[1.0], [5.0]]))  # mean 3, deviation 2
+        >>> outputs.round(decimals=4).tolist()
+        [[-1.0], [1.0]]
+        >>> logabsdet.exp().round(decimals=4).tolist()
+        [0.5, 0.5]
     """
 
     def __init__(self, features: int) -> None:

@@ -34,6 +34,18 @@ class ConditionalRotation(NamedAngles, Transform):
 
     Reference:
         Hamze (2021), arXiv 2106.00003, for the rotation
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from flows import ConditionalRotation
+        >>> from flows.nets import MLP
+        >>> layer = ConditionalRotation(4, partial(MLP, context_features=1))
+        >>> _ = torch.nn.init.normal_(layer.net.last.weight)
+        >>> x, context = torch.randn(3, 4), torch.randn(3, 1)
+        >>> outputs, logabsdet = layer(x, context)
+        >>> torch.allclose(outputs.norm(dim=1), x.norm(dim=1), atol=1e-5), logabsdet.tolist()
+        (True, [0.0, 0.0, 0.0])
     """
 
     volume_preserving = True

@@ -27,7 +27,9 @@ def kept_and_moved(features: int) -> tuple[int, int]:
 
 
 class Coupling(Transform):
-    """Keeps one half of axis 1 and maps the other half, given what was kept.
+    r"""Keeps one half of axis 1: :math:`y_1 = x_1`, :math:`y_2 = g(x_2;\, \theta(x_1))`.
+
+    A subclass says what g is and how many parameters it takes; the conditioner gives them.
 
     Args:
         features: Size of axis 1, at least 2: features of vectors, channels of images.
@@ -35,6 +37,26 @@ class Coupling(Transform):
             ``conditioner(kept, context)`` that keeps any axes behind axis 1.
         flip: Keep the second half instead of the first. The kept half of an odd number
             of features is the smaller one.
+
+    Shape:
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats.
+
+    Raises:
+        ValueError: If ``features`` is below 2 or not that of the inputs.
+
+    Example:
+        >>> import torch
+        >>> from flows.nets import MLP
+        >>> from flows.transforms import Coupling
+        >>> class Reflection(Coupling):  # y_2 = t(x_1) - x_2, which undoes itself
+        ...     def count_parameters(self, moved):
+        ...         return moved
+        ...     def couple(self, moved, parameters, *, inverse):
+        ...         return parameters - moved, moved.new_zeros(len(moved))
+        >>> layer = Reflection(4, MLP)
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(layer.inverse(layer(x)[0])[0], x)
+        True
     """
 
     def __init__(
@@ -55,7 +77,7 @@ class Coupling(Transform):
     def couple(self, moved: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         """Map (batch, moved features, ...), given parameters (batch, number of them, ...).
 
-        Returns outputs of the shape of ``moved`` and logabsdet (batch,).
+        Returns outputs of the shape of ``moved`` and logabsdet (batch,) in nats.
         """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,8 +145,21 @@ class AdditiveCoupling(Coupling):
     Shape:
         inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,), zero.
 
+    Raises:
+        ValueError: If ``features`` is below 2 or not that of the inputs.
+
     Reference:
         Dinh et al. (2015), NICE, arXiv 1410.8516
+
+    Example:
+        >>> import torch
+        >>> from flows import AdditiveCoupling
+        >>> from flows.nets import MLP
+        >>> layer = AdditiveCoupling(4, MLP)
+        >>> _ = torch.nn.init.ones_(layer.net.last.bias)  # t(x_1) = 1
+        >>> outputs, logabsdet = layer(torch.zeros(1, 4))
+        >>> outputs.tolist(), logabsdet.tolist()
+        ([[0.0, 0.0, 1.0, 1.0]], [0.0])
     """
 
     volume_preserving = True
@@ -151,10 +186,23 @@ class AffineCoupling(Coupling):
         flip: Keep the second half instead of the first.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats.
+
+    Raises:
+        ValueError: If ``features`` is below 2 or not that of the inputs, or ``bound`` is not
+            positive.
 
     Reference:
         Dinh et al. (2017), RealNVP, arXiv 1605.08803
+
+    Example:
+        >>> import torch
+        >>> from flows import AffineCoupling
+        >>> from flows.nets import MLP
+        >>> layer = AffineCoupling(4, MLP, bound=2.0)
+        >>> _ = torch.nn.init.constant_(layer.net.last.bias, 100.0)
+        >>> layer(torch.randn(1, 4))[1].tolist()  # two features at the bound
+        [4.0]
     """
 
     def __init__(
@@ -198,9 +246,22 @@ class IncompressibleCoupling(Coupling):
     Shape:
         inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,), zero.
 
+    Raises:
+        ValueError: If ``features`` is below 2 or not that of the inputs, or ``bound`` is not
+            positive.
+
     Reference:
         Sorrenson et al. (2020), GIN, arXiv 2001.04872, where the last entry of s makes the
         sum zero
+
+    Example:
+        >>> import torch
+        >>> from flows import IncompressibleCoupling
+        >>> from flows.nets import MLP
+        >>> layer = IncompressibleCoupling(6, MLP)
+        >>> _ = torch.nn.init.normal_(layer.net.last.weight, std=0.1)
+        >>> layer(torch.randn(3, 6))[1]
+        tensor([0., 0., 0.])
     """
 
     volume_preserving = True
@@ -230,7 +291,10 @@ class IncompressibleCoupling(Coupling):
 
 
 class SplineCoupling(Coupling):
-    r"""Coupling by monotonic rational-quadratic splines on [-B, B], identity outside.
+    r"""Coupling :math:`y_2 = g(x_2;\, \theta(x_1))` by monotonic splines of single features.
+
+    g is rational-quadratic on [-B, B], see :func:`flows.splines.rational_quadratic_spline`,
+    and the identity outside. Zero outputs of the conditioner make the identity.
 
     Args:
         features: Size of axis 1, at least 2: features of vectors, channels of images.
@@ -241,10 +305,26 @@ class SplineCoupling(Coupling):
         flip: Keep the second half instead of the first.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats.
+
+    Raises:
+        ValueError: If ``features`` is below 2 or not that of the inputs, ``bins`` is below 2, or
+            ``tail_bound`` is not positive.
 
     Reference:
         Durkan et al. (2019), Neural Spline Flows, arXiv 1906.04032
+
+    Example:
+        >>> import torch
+        >>> from flows import SplineCoupling
+        >>> from flows.nets import MLP
+        >>> layer = SplineCoupling(2, MLP, tail_bound=5.0)
+        >>> _ = torch.nn.init.normal_(layer.net.last.weight, std=0.1)
+        >>> outputs, logabsdet = layer(torch.tensor([[0.5, 1.0], [0.5, 7.0]]))
+        >>> outputs[1].tolist(), logabsdet[1].item()  # 7 is outside the interval
+        ([0.5, 7.0], 0.0)
+        >>> torch.allclose(layer.inverse(outputs)[0][0], torch.tensor([0.5, 1.0]), atol=1e-4)
+        True
     """
 
     def __init__(

@@ -39,6 +39,16 @@ class HouseholderRotation(Transform):
     Reference:
         Likhosherstov et al. (2021), CWY Parametrization, arXiv 2004.08675;
         Tomczak and Welling (2016), Householder flow, arXiv 1611.09630
+
+    Example:
+        >>> import torch
+        >>> from flows import HouseholderRotation
+        >>> layer = HouseholderRotation(4, init="random")
+        >>> w = layer.matrix()
+        >>> torch.allclose(w @ w.mT, torch.eye(4), atol=1e-5)
+        True
+        >>> layer(torch.randn(2, 4))[1]
+        tensor([0., 0.])
     """
 
     volume_preserving = True
@@ -110,6 +120,8 @@ class HouseholderRotation(Transform):
 class Householder1x1(Transform):
     """A :class:`HouseholderRotation` of image channels: an orthogonal 1x1 convolution.
 
+    :math:`y = W x` at every pixel, with one W for all of them.
+
     Args:
         channels: Number of channels, at least 2.
         reflections: As in :class:`HouseholderRotation`.
@@ -119,9 +131,21 @@ class Householder1x1(Transform):
         inputs (batch, channels, height, width) to outputs of the same shape,
         logabsdet (batch,), zero.
 
+    Raises:
+        ValueError: If sizes or ``init`` do not fit.
+
     Reference:
         Likhosherstov et al. (2021), CWY Parametrization, arXiv 2004.08675;
         Kingma and Dhariwal (2018), Glow, arXiv 1807.03039, for the 1x1 convolution
+
+    Example:
+        >>> import torch
+        >>> from flows import Householder1x1
+        >>> layer = Householder1x1(3, init="random", reflections=2)
+        >>> images = torch.randn(2, 3, 4, 4)
+        >>> outputs, logabsdet = layer(images)
+        >>> torch.allclose(outputs.norm(dim=1), images.norm(dim=1), atol=1e-5)  # at every pixel
+        True
     """
 
     volume_preserving = True

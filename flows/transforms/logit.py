@@ -18,13 +18,21 @@ class Logit(Transform):
         alpha: The margin a kept from both ends, in (0, 0.5).
 
     Shape:
-        inputs (batch, ...) in [0, 1] to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, ...) in [0, 1] to outputs of the same shape, logabsdet (batch,) in nats.
 
     Raises:
+        ValueError: If ``alpha`` is outside (0, 0.5).
         InputOutsideDomain: In ``forward``, for inputs outside [0, 1].
 
     Reference:
         Papamakarios et al. (2017), MAF, arXiv 1705.07057
+
+    Example:
+        >>> import torch
+        >>> from flows import Logit
+        >>> outputs, logabsdet = Logit(alpha=0.05)(torch.tensor([[0.5]]))
+        >>> outputs.item(), round(logabsdet.item(), 4)  # log(0.9 / (0.5 * 0.5))
+        (0.0, 1.2809)
     """
 
     def __init__(self, alpha: float = 0.05) -> None:

@@ -26,8 +26,8 @@ class LULinear(Transform):
             with P from a decomposition with pivoting.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,): the sum
-        of :math:`\log |s|` times the number of positions.
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats:
+        the sum of :math:`\log |s|` times the number of positions.
 
     Raises:
         ValueError: If ``features`` or ``init`` does not fit.
@@ -37,6 +37,7 @@ class LULinear(Transform):
 
     Example:
         >>> import torch
+        >>> from flows import LULinear
         >>> layer = LULinear(3, init="haar")
         >>> outputs, logabsdet = layer(torch.randn(2, 3))
         >>> torch.allclose(logabsdet, layer.matrix().slogdet()[1].expand(2), atol=1e-5)

@@ -12,11 +12,30 @@ __all__ = ["Multiscale", "Squeeze"]
 
 
 class Squeeze(Transform):
-    """Space to channels: every 2 x 2 patch of a channel becomes four channels.
+    r"""Space to channels: every 2 x 2 patch of a channel becomes four channels.
+
+    :math:`y_{4c + 2i + j,\, h,\, w} = x_{c,\, 2h + i,\, 2w + j}` with i and j 0 or 1.
 
     Shape:
         inputs (batch, channels, height, width), height and width even, to outputs
         (batch, 4 * channels, height / 2, width / 2), logabsdet (batch,), zero.
+
+    Raises:
+        ValueError: If inputs are no images, height or width is odd, or, for ``inverse``, the
+            channels are no multiple of four.
+
+    Reference:
+        Dinh et al. (2017), RealNVP, arXiv 1605.08803
+
+    Example:
+        >>> import torch
+        >>> from flows import Squeeze
+        >>> outputs, logabsdet = Squeeze()(torch.arange(16.0).view(1, 1, 4, 4))
+        >>> outputs.shape
+        torch.Size([1, 4, 2, 2])
+        >>> outputs[0, 0]  # the upper left pixel of every patch
+        tensor([[ 0.,  2.],
+                [ 8., 10.]])
     """
 
     volume_preserving = True
@@ -61,10 +80,24 @@ class Multiscale(Transform):
 
     Shape:
         inputs (batch, channels, height, width) to outputs (batch, channels * height * width),
-        logabsdet (batch,).
+        logabsdet (batch,) in nats.
+
+    Raises:
+        ValueError: If height or width cannot be halved so often, or inputs have another shape.
 
     Reference:
         Dinh et al. (2017), RealNVP, arXiv 1605.08803
+
+    Example:
+        >>> import torch
+        >>> from flows import Multiscale, Rotation1x1
+        >>> shapes = Multiscale.shapes((1, 8, 8), levels=2)
+        >>> shapes
+        [(4, 4, 4), (8, 2, 2)]
+        >>> layer = Multiscale((1, 8, 8), [Rotation1x1(channels) for channels, _, _ in shapes])
+        >>> outputs, logabsdet = layer(torch.randn(5, 1, 8, 8))
+        >>> outputs.shape
+        torch.Size([5, 64])
     """
 
     def __init__(self, shape: tuple[int, int, int], transforms: Iterable[Transform]) -> None:

@@ -10,13 +10,26 @@ __all__ = ["Permutation"]
 
 
 class Permutation(Transform):
-    """Axis 1 in another order, drawn once at random and kept in the state.
+    r"""Axis 1 in another order, :math:`y_d = x_{\pi(d)}`.
+
+    :math:`\pi` is drawn once at random and kept in the state.
 
     Args:
         features: Size of axis 1: features of vectors, channels of images.
 
     Shape:
         inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,), zero.
+
+    Raises:
+        ValueError: If ``features`` is below 1 or not that of the inputs.
+
+    Example:
+        >>> import torch
+        >>> from flows import Permutation
+        >>> layer = Permutation(4)
+        >>> outputs, logabsdet = layer(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        >>> outputs.sort().values, layer.inverse(outputs)[0]
+        (tensor([[1., 2., 3., 4.]]), tensor([[1., 2., 3., 4.]]))
     """
 
     volume_preserving = True

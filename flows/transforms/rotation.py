@@ -50,6 +50,18 @@ class Rotation(OrthogonalBase, Transform):
 
     Reference:
         Hamze (2021), arXiv 2106.00003
+
+    Example:
+        >>> import math, torch
+        >>> from flows import Rotation
+        >>> layer = Rotation(2)
+        >>> _ = torch.nn.init.constant_(layer.raw_angles, math.pi / 2)
+        >>> outputs, logabsdet = layer(torch.tensor([[3.0, 4.0]]))
+        >>> outputs.round(decimals=4).tolist(), logabsdet.item()  # a quarter turn
+        ([[-4.0, 3.0]], 0.0)
+        >>> layer.recenter()
+        >>> layer.raw_angles.tolist(), layer(torch.tensor([[3.0, 4.0]]))[0].round().tolist()
+        ([0.0], [[-4.0, 3.0]])
     """
 
     volume_preserving = True
@@ -151,6 +163,8 @@ class Rotation(OrthogonalBase, Transform):
 class Rotation1x1(Transform):
     """A :class:`Rotation` of image channels: an orthogonal 1x1 convolution.
 
+    :math:`y = W x` at every pixel, with one W for all of them.
+
     Args:
         channels: Number of channels, at least 2.
         schedule: As in :class:`Rotation`.
@@ -162,8 +176,20 @@ class Rotation1x1(Transform):
         inputs (batch, channels, height, width) to outputs of the same shape,
         logabsdet (batch,), zero.
 
+    Raises:
+        ValueError: If sizes do not fit, or ``init`` is no orthogonal matrix.
+
     Reference:
         Kingma and Dhariwal (2018), Glow, arXiv 1807.03039, for the 1x1 convolution
+
+    Example:
+        >>> import torch
+        >>> from flows import Rotation1x1
+        >>> layer = Rotation1x1(3, init="haar")
+        >>> images = torch.randn(2, 3, 4, 4)
+        >>> outputs, logabsdet = layer(images)
+        >>> torch.allclose(outputs.norm(dim=1), images.norm(dim=1), atol=1e-5)  # at every pixel
+        True
     """
 
     volume_preserving = True

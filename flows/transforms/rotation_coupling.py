@@ -35,6 +35,17 @@ class RotationCoupling(NamedAngles, Coupling):
 
     Reference:
         Hamze (2021), arXiv 2106.00003, for the rotation
+
+    Example:
+        >>> import torch
+        >>> from flows import RotationCoupling
+        >>> from flows.nets import MLP
+        >>> layer = RotationCoupling(6, MLP)
+        >>> _ = torch.nn.init.normal_(layer.net.last.weight, std=0.1)
+        >>> x = torch.randn(2, 6)
+        >>> outputs, logabsdet = layer(x)
+        >>> torch.allclose(layer.inverse(outputs)[0], x, atol=1e-4), logabsdet.tolist()
+        (True, [0.0, 0.0])
     """
 
     volume_preserving = True

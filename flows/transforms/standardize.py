@@ -28,7 +28,20 @@ class Standardize(Transform):
         features: Size of axis 1: features of vectors, channels of images.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats.
+
+    Raises:
+        ValueError: If ``features`` is below 1 or not that of the inputs, or the first batch is
+            not finite.
+
+    Example:
+        >>> import torch
+        >>> from flows import Standardize
+        >>> outputs, logabsdet = Standardize(1)(torch.tensor([[1000.0], [1004.0]]))
+        >>> outputs.tolist()
+        [[-1.0], [1.0]]
+        >>> logabsdet  # -log 2
+        tensor([-0.6931, -0.6931])
     """
 
     def __init__(self, features: int) -> None:

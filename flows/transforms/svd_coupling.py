@@ -32,7 +32,7 @@ class SVDCoupling(NamedAngles, Coupling):
         flip: Keep the second half instead of the first.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats.
 
     Raises:
         ValueError: If sizes, ``bound`` or the schedule do not fit.
@@ -40,6 +40,15 @@ class SVDCoupling(NamedAngles, Coupling):
     Reference:
         Hamze (2021), arXiv 2106.00003, for the rotations; Xiao and Liu (2020),
         arXiv 2007.09651, map the moved half by a matrix exponential instead
+
+    Example:
+        >>> import torch
+        >>> from flows import SVDCoupling
+        >>> from flows.nets import MLP
+        >>> layer = SVDCoupling(4, MLP, bound=2.0)
+        >>> _ = torch.nn.init.constant_(layer.net.last.bias, 100.0)
+        >>> layer(torch.randn(1, 4))[1].tolist()  # two features at the bound, whatever U and V
+        [4.0]
     """
 
     def __init__(

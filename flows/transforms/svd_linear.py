@@ -36,14 +36,25 @@ class SVDLinear(Transform):
             they need another schedule.
 
     Shape:
-        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,): the sum
-        of the log-scales times the number of positions.
+        inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,) in nats:
+        the sum of the log-scales times the number of positions.
 
     Raises:
         ValueError: If sizes, ``init``, ``bound`` or the schedule do not fit.
 
     Reference:
         Zhang, Lei and Dhillon (2018), arXiv 1803.09327, there by reflections
+
+    Example:
+        >>> import torch
+        >>> from flows import SVDLinear
+        >>> layer = SVDLinear(3, init="haar")
+        >>> _ = torch.nn.init.constant_(layer.log_scale, 0.5)
+        >>> layer(torch.randn(2, 3))[1].tolist()
+        [1.5, 1.5]
+        >>> singular_values = torch.linalg.svdvals(layer.matrix())
+        >>> torch.allclose(singular_values.log(), torch.tensor(0.5), atol=1e-5)
+        True
     """
 
     def __init__(

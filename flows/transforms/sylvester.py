@@ -56,7 +56,7 @@ class Sylvester(OrthogonalBase, Transform):
             that R and :math:`\tilde R` alone are learned.
 
     Shape:
-        inputs (batch, features) to outputs of the same shape, logabsdet (batch,).
+        inputs (batch, features) to outputs of the same shape, logabsdet (batch,) in nats.
 
     Raises:
         ValueError: If sizes, the schedule or ``mixing`` do not fit.
@@ -65,6 +65,16 @@ class Sylvester(OrthogonalBase, Transform):
         van den Berg et al. (2018), Sylvester Normalizing Flows, arXiv 1803.05649, there by
         reflections or fixed permutations; Likhosherstov et al. (2021), arXiv 2004.08675, for the
         columns of a product of reflections (T-CWY)
+
+    Example:
+        >>> import torch
+        >>> from flows import Sylvester
+        >>> layer = Sylvester(5, rank=2)
+        >>> _ = torch.nn.init.normal_(layer.raw)
+        >>> x = torch.randn(3, 5)
+        >>> outputs, logabsdet = layer(x)
+        >>> torch.allclose(layer.inverse(outputs)[0], x, atol=1e-3)
+        True
     """
 
     def __init__(

@@ -35,6 +35,20 @@ class Twist(NamedAngles, Transform):
 
     Shape:
         inputs (batch, features, ...) to outputs of the same shape, logabsdet (batch,), zero.
+
+    Raises:
+        ValueError: If ``features`` is below 2 or not that of the inputs.
+
+    Example:
+        >>> import torch
+        >>> from flows import Twist
+        >>> from flows.nets import MLP
+        >>> layer = Twist(2, MLP)
+        >>> _ = torch.nn.init.normal_(layer.net.last.weight, std=0.1)
+        >>> x = torch.randn(3, 2)
+        >>> outputs, logabsdet = layer(x)
+        >>> torch.allclose(outputs.norm(dim=1), x.norm(dim=1), atol=1e-5), logabsdet.tolist()
+        (True, [0.0, 0.0, 0.0])
     """
 
     volume_preserving = True

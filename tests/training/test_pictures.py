@@ -1,14 +1,24 @@
-"""The pictures at the end of a run."""
+"""Pictures during a run and at its end, and the page that shows them."""
 
+import csv
+import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from datasets.tabular import Table
 from flows import plots
-from flows.training.run import COLUMNS, _beside, _by_class
+from flows.recipes import RotationSplineFlow
+from flows.training import DensityEstimator
+from flows.training.pictures import COLUMNS, _beside, _by_class, _evaluated
+from flows.training.report import write_report
 
 ROOT = Path(train.__file__).parent
 SHORT = [
@@ -49,6 +59,156 @@ def test_a_run_draws_what_suits_its_data(tmp_path, args, picture):
     (folder,) = tmp_path.glob("*/*")
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {picture, "history.png"}
+
+
+MOONS = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.max_epochs=5",
+    "--model.flow.init_args.layers=1",
+    "--model.ema_decay=0.9",
+    "--data.init_args.batches_per_epoch=2",
+    "--data.init_args.val_size=50",
+    "--data.init_args.test_size=50",
+]
+
+
+def fit(root: Path, *args: str) -> Path:
+    train.main([*MOONS, *args, f"--trainer.default_root_dir={root}"])
+    (folder,) = root.glob("*/*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory) -> Path:
+    return fit(tmp_path_factory.mktemp("moons"))
+
+
+def epochs(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("pictures/*"))
+
+
+def test_pictures_come_at_powers_of_two_and_change_nothing(moons, tmp_path):
+    # The last epoch is drawn by the end of the run.
+    assert epochs(moons) == ["epoch-0001.png", "epoch-0002.png", "epoch-0004.png"]
+    often = fit(tmp_path / "often", "--pictures_every_n_epochs=3")
+    assert epochs(often) == ["epoch-0003.png"]
+    never = fit(tmp_path / "never", "--pictures_every_n_epochs=0")
+    assert not (never / "pictures").exists() and (never / "report.html").exists()
+    weights = [torch.load(f / "last.ckpt", weights_only=True) for f in (moons, often, never)]
+    for other in weights[1:]:
+        for name, value in weights[0]["state_dict"].items():
+            assert torch.equal(value, other["state_dict"][name]), name
+        live = other["parameter_average"]["live"]
+        for name, value in weights[0]["parameter_average"]["live"].items():
+            assert torch.equal(value, live[name]), name
+
+
+def test_what_is_drawn_has_noise_of_its_own():
+    model = DensityEstimator(RotationSplineFlow(2, layers=1)).train()
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    with _evaluated(SimpleNamespace(callbacks=[]), model):
+        first = torch.randn(3)
+        assert not model.flow.training
+    assert torch.equal(torch.randn(3), expected) and model.flow.training
+    with _evaluated(SimpleNamespace(callbacks=[]), model):
+        assert torch.equal(torch.randn(3), first)
+
+
+def test_pictures_show_the_averaged_parameters(tmp_path, monkeypatch):
+    seen = []
+
+    def density(flow, truth):
+        (last,) = tmp_path.glob("*/*/last.ckpt")
+        parameters = {name: value.clone() for name, value in flow.named_parameters()}
+        seen.append((parameters, torch.load(last, weights_only=True)))
+        assert not flow.training
+        return Figure()
+
+    monkeypatch.setattr(plots, "density", density)
+    fit(tmp_path, "--trainer.max_epochs=2", "--model.ema_decay=0.99")
+    shown, saved = seen[0]
+    live = saved["parameter_average"]["live"]
+    for name, value in shown.items():
+        # Checkpoints hold the average as the weights.
+        assert torch.equal(value, saved["state_dict"][f"flow.{name}"]), name
+    assert any(not torch.equal(value, live[f"flow.{name}"]) for name, value in shown.items())
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch):
+    real, calls = plots.density, []
+
+    def density(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise ValueError("no room for points")
+        return real(*args)
+
+    monkeypatch.setattr(plots, "density", density)
+    with pytest.warns(UserWarning, match="no picture of epoch 1: no room for points"):
+        folder = fit(tmp_path, "--trainer.max_epochs=2")
+    assert not epochs(folder) and (folder / "density.png").exists()
+
+
+def test_tensorboard_gets_the_pictures(tmp_path):
+    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=."]
+    folder = fit(tmp_path, *logger, "--trainer.max_epochs=3")
+    found = EventAccumulator(str(folder / "lightning_logs/version_0")).Reload()
+    assert set(found.Tags()["images"]) == {"density", "losses"}
+    assert [image.step for image in found.Images("density")] == [2, 4, 6]
+
+
+def test_wandb_gets_the_pictures(tmp_path):
+    folder = fit(tmp_path, "--trainer.logger=WandbLogger", "--trainer.max_epochs=3")
+    names = [path.name for path in folder.glob("wandb/offline-run-*/files/media/images/*.png")]
+    assert sum(name.startswith("density_") for name in names) == 3
+    assert sum(name.startswith("losses_") for name in names) == 3
+
+
+class Page(HTMLParser):
+    """The text of a page, and what it loads or links to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.sources, self.tags = "", [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_page_with_everything(moons):
+    text = (moons / "report.html").read_text()
+    page = Page(text)
+    # Three epochs, the best checkpoint, the losses; nothing from elsewhere.
+    assert len(page.sources) == 5 == page.tags.count("img")
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
+    summary = json.loads((moons / "summary.json").read_text())
+    for number in (f"{summary['test/kl']:.4f}", f"{summary['parameters']:,}", "max_epochs"):
+        assert number in page.text
+    assert (moons / "config.yaml").read_text() in page.text
+    with open(moons / "metrics.csv") as file:
+        for row in csv.DictReader(file):
+            assert f"{float(row['val/kl']):.6g}" in page.text
+
+
+def test_the_report_of_a_run_that_goes_on_or_was_interrupted(tmp_path):
+    folder = tmp_path / "a<b" / "now"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: <script>alert(1)</script>\n")
+    rows = [{"epoch": 0, "step": 3, "train/nll": 2.5, "val/nll": 2.25}]
+    running = Page(write_report(folder, rows).read_text())
+    assert "still running after epoch 1;" in running.text and "2.2500" in running.text
+    assert running.tags.count("script") == 1 and "<script>alert(1)</script>" in running.text
+    summary = {"interrupted": True, "stopped_by": "SIGTERM", "epochs": 1}
+    stopped = Page(write_report(folder, rows, summary).read_text())
+    assert "interrupted by SIGTERM" in stopped.text
 
 
 def test_a_table_given_a_context_draws_for_its_rows(tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ FILES = [
     "history.png",
     "last.ckpt",
     "metrics.csv",
+    "pictures",
+    "report.html",
     "summary.json",
 ]
 

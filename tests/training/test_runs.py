@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,8 @@ def test_a_run_leaves_its_files(run):
         "history.png",
         "last.ckpt",
         "metrics.csv",
+        "pictures",
+        "report.html",
         "summary.json",
     }
     assert run.parent.name == "two_moons"
@@ -107,10 +110,15 @@ def test_load_gives_the_trained_flow(run):
         assert torch.equal(value, weights[f"flow.{name}"]), name
 
 
-def test_the_test_command_repeats_the_summary(run, capsys):
-    train.main(["test", "--ckpt_path", str(run / "best.ckpt")])
-    summary = json.loads((run / "summary.json").read_text())
-    assert f"{summary['test/nll']:.4f}" in capsys.readouterr().out
+def test_the_test_command_repeats_the_summary(copy, capsys):
+    train.main(["test", "--ckpt_path", str(copy / "best.ckpt")])
+    summary = json.loads((copy / "summary.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"{summary['test/nll']:.4f}" in printed and "test-best.json" in printed
+    written = json.loads((copy / "test-best.json").read_text())
+    assert written["checkpoint"] == str(copy / "best.ckpt")
+    for name in ("test/nll", "test/kl", "test/kl_error"):
+        assert written[name] == summary[name]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
@@ -213,10 +221,22 @@ def test_print_config_shows_every_key(capsys):
     assert config["trainer"]["max_epochs"] > 1
 
 
-def test_help_fits_a_screen(capsys):
+def test_help_fits_a_screen_and_names_commands_and_configs(capsys):
     train.main(["--help"])
     printed = capsys.readouterr().out
     assert printed.count("\n") <= 24 and max(map(len, printed.splitlines())) <= 80
+    words = set(re.findall(r"\w+", printed))
+    assert {"fit", "list", "test", "audit", "sample"} <= words
+    assert {path.stem for path in CONFIGS} <= words
+
+
+def test_the_list_has_a_line_for_every_experiment(capsys):
+    train.main(["list"])
+    _, *lines = capsys.readouterr().out.splitlines()
+    names = [str(path.relative_to(ROOT / "configs").with_suffix("")) for path in CONFIGS]
+    assert [line.split()[0] for line in lines] == names
+    assert all(": " in line and len(line) < 90 for line in lines)
+    assert "unrecognized arguments: --nope" in refused(capsys, "list", "--nope")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +279,7 @@ def test_help_fits_a_screen(capsys):
         "test without checkpoint": (["test"], ["--ckpt_path"]),
         "sample without checkpoint": (["sample"], ["required: --ckpt_path", "sample --help"]),
         "samples in words": (["sample", "--ckpt_path=x", "--num_samples=two"], ["'two'"]),
-        "unknown command": (["evaluate"], ["evaluate: expected fit, test, audit, sample"]),
+        "unknown command": (["evaluate"], ["evaluate: expected fit, list, test, audit, sample"]),
         "sample without file": (["sample", "--ckpt_path", "nowhere"], ["nowhere"]),
     }.values(),
     ids=lambda value: " ".join(value)[:40],
