@@ -1,13 +1,11 @@
 """Our layers in zuko's flows, and zuko's layers in ours."""
 
-import importlib
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.functional import jacobian
-from torch.distributions import Distribution, transforms
 
 from flows import ActNorm, Composite, Flow, Rotation, SplineCoupling
 from flows.distributions import Normal
@@ -18,17 +16,6 @@ pytestmark = pytest.mark.skipif(find_spec("zuko") is None, reason="needs zuko")
 
 FEATURES = 4
 CONTEXT = 2
-
-
-@pytest.fixture
-def zuko():
-    """zuko; what its import changes in torch is put back for the other tests."""
-    inverse = transforms._InverseTransform
-    before = Distribution._validate_args, Distribution.arg_constraints, inverse.__name__
-    module = importlib.import_module("zuko")
-    Distribution._validate_args, Distribution.arg_constraints = False, {}
-    yield module
-    Distribution._validate_args, Distribution.arg_constraints, inverse.__name__ = before
 
 
 def our_layers(context_features: int = 0) -> list[nn.Module]:
