@@ -125,7 +125,7 @@ class RunCLI(LightningCLI):
             "--pictures_every_n_epochs",
             type=NonNegativeInt | None,
             help="Epochs between pictures of what the flow has learned; 0 for none; null for "
-            "pictures after 1, 2, 4, 8, ... epochs.",
+            "pictures after 1, 2, 4, 8, ... epochs, for at most a tenth of the time.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -1,5 +1,6 @@
 """What a flow has learned so far, as pictures: during a run and at its end."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,10 +24,12 @@ __all__ = ["Pictures", "draw", "publish"]
 
 # Images in a picture of samples: so many beside one another, for so many classes.
 COLUMNS, ROWS = 8, 16
+# Part of a run's time that pictures nobody asked for may take.
+PART = 0.1
 
 
 class Pictures(Checkpoint):
-    """Draws what the flow has learned, after epochs 1, 2, 4, 8, ... or every few epochs.
+    """Draws what the flow has learned, every few epochs or after epochs 1, 2, 4, 8, ....
 
     Writes ``pictures/epoch-0004.png``, ``history.png`` and ``report.html`` into the run folder,
     and shows the pictures to Weights & Biases and TensorBoard where they are on. All pictures
@@ -40,17 +43,27 @@ class Pictures(Checkpoint):
     Args:
         recorder: Of the run: it knows the folder and the losses.
         every_n_epochs: Epochs from one picture to the next; 0 for none; None for epochs
-            1, 2, 4, 8, ....
+            1, 2, 4, 8, ..., as long as pictures take less than a tenth of the run's time.
     """
 
     def __init__(self, recorder: Recorder, every_n_epochs: int | None = None) -> None:
         self.recorder = recorder
         self.every_n_epochs = every_n_epochs
+        self._seconds = 0.0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if not self._due(epoch) or epoch == trainer.max_epochs or not trainer.is_global_zero:
-            return
+        if self._due(epoch) and epoch != trainer.max_epochs and trainer.is_global_zero:
+            start = time.monotonic()
+            self._draw(trainer, pl_module, epoch)
+            self._seconds += time.monotonic() - start
+
+    def _due(self, epoch: int) -> bool:
+        if self.every_n_epochs is None:
+            return epoch.bit_count() == 1 and self._seconds <= PART * self.recorder.seconds
+        return self.every_n_epochs > 0 and epoch % self.every_n_epochs == 0
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         folder = self.recorder.folder
         try:
             with _evaluated(trainer, pl_module):
@@ -65,11 +78,6 @@ class Pictures(Checkpoint):
             pictures[name] = (picture, folder / f"pictures/epoch-{epoch:04d}.png")
         publish(trainer, pictures)
         write_report(folder, self.recorder.rows)
-
-    def _due(self, epoch: int) -> bool:
-        if self.every_n_epochs is None:
-            return epoch.bit_count() == 1
-        return self.every_n_epochs > 0 and epoch % self.every_n_epochs == 0
 
 
 def publish(trainer: Trainer, pictures: dict[str, tuple[Figure, Path]]) -> None:
@@ -123,7 +131,7 @@ def draw(
             real, drawn = real[: COLUMNS**2], _beside(flow, COLUMNS**2, context)
         return "samples", plots.samples(drawn, real, grey_levels=data.grey_levels, columns=COLUMNS)
     if len(data.shape) == 1:
-        return "marginals", plots.marginals(_beside(flow, 10_000, context), real[:], data.columns)
+        return "marginals", plots.marginals(_beside(flow, 5000, context), real[:], data.columns)
     return "", None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
+from rich.console import Console
 
 from flows import plots
 from flows.training.callbacks import Recorder
@@ -59,22 +60,22 @@ def finish(
     )[0]
     if not trainer.is_global_zero:
         return results
-    flow = precise(model.flow.eval())
-    torch.manual_seed(0)
-    name, picture = draw(flow, data)
-    pictures = {name: (picture, folder / f"{name}.png")} if picture is not None else {}
-    if recorder.rows:
-        pictures["losses"] = (plots.history(recorder.rows), folder / "history.png")
-    publish(trainer, pictures)
-    return write_summary(
-        folder,
-        trainer,
-        model,
-        results | done,
-        experiment=experiment,
-        seed=seed,
-        checkpoint=checkpoint,
-    )
+    with Console(stderr=True).status("drawing"):
+        torch.manual_seed(0)
+        name, picture = draw(precise(model.flow.eval()), data)
+        pictures = {name: (picture, folder / f"{name}.png")} if picture is not None else {}
+        if recorder.rows:
+            pictures["losses"] = (plots.history(recorder.rows), folder / "history.png")
+        publish(trainer, pictures)
+        return write_summary(
+            folder,
+            trainer,
+            model,
+            results | done,
+            experiment=experiment,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
 
 
 def write_summary(

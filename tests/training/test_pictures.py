@@ -17,7 +17,7 @@ from datasets.tabular import Table
 from flows import plots
 from flows.recipes import RotationSplineFlow
 from flows.training import DensityEstimator
-from flows.training.pictures import COLUMNS, _beside, _by_class, _evaluated
+from flows.training.pictures import COLUMNS, Pictures, _beside, _by_class, _evaluated
 from flows.training.report import write_report
 
 ROOT = Path(train.__file__).parent
@@ -80,16 +80,21 @@ def fit(root: Path, *args: str) -> Path:
 
 @pytest.fixture(scope="module")
 def moons(tmp_path_factory) -> Path:
-    return fit(tmp_path_factory.mktemp("moons"))
+    return fit(tmp_path_factory.mktemp("moons"), "--pictures_every_n_epochs=1")
 
 
 def epochs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("pictures/*"))
 
 
-def test_pictures_come_at_powers_of_two_and_change_nothing(moons, tmp_path):
+def test_pictures_come_when_they_are_due_and_change_nothing(moons, tmp_path):
     # The last epoch is drawn by the end of the run.
-    assert epochs(moons) == ["epoch-0001.png", "epoch-0002.png", "epoch-0004.png"]
+    assert epochs(moons) == [
+        "epoch-0001.png",
+        "epoch-0002.png",
+        "epoch-0003.png",
+        "epoch-0004.png",
+    ]
     often = fit(tmp_path / "often", "--pictures_every_n_epochs=3")
     assert epochs(often) == ["epoch-0003.png"]
     never = fit(tmp_path / "never", "--pictures_every_n_epochs=0")
@@ -101,6 +106,16 @@ def test_pictures_come_at_powers_of_two_and_change_nothing(moons, tmp_path):
         live = other["parameter_average"]["live"]
         for name, value in weights[0]["parameter_average"]["live"].items():
             assert torch.equal(value, live[name]), name
+
+
+def test_pictures_nobody_asked_for_take_a_tenth_of_the_time():
+    pictures = Pictures(SimpleNamespace(seconds=100.0))
+    assert [epoch for epoch in range(1, 20) if pictures._due(epoch)] == [1, 2, 4, 8, 16]
+    pictures._seconds = 11.0
+    assert not any(map(pictures._due, range(1, 20)))
+    asked = Pictures(SimpleNamespace(seconds=1.0), every_n_epochs=2)
+    asked._seconds = 11.0
+    assert asked._due(4) and not asked._due(5)
 
 
 def test_what_is_drawn_has_noise_of_its_own():
@@ -153,14 +168,16 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch
 
 def test_tensorboard_gets_the_pictures(tmp_path):
     logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=."]
-    folder = fit(tmp_path, *logger, "--trainer.max_epochs=3")
+    often = ["--trainer.max_epochs=3", "--pictures_every_n_epochs=1"]
+    folder = fit(tmp_path, *logger, *often)
     found = EventAccumulator(str(folder / "lightning_logs/version_0")).Reload()
     assert set(found.Tags()["images"]) == {"density", "losses"}
     assert [image.step for image in found.Images("density")] == [2, 4, 6]
 
 
 def test_wandb_gets_the_pictures(tmp_path):
-    folder = fit(tmp_path, "--trainer.logger=WandbLogger", "--trainer.max_epochs=3")
+    often = ["--trainer.max_epochs=3", "--pictures_every_n_epochs=1"]
+    folder = fit(tmp_path, "--trainer.logger=WandbLogger", *often)
     names = [path.name for path in folder.glob("wandb/offline-run-*/files/media/images/*.png")]
     assert sum(name.startswith("density_") for name in names) == 3
     assert sum(name.startswith("losses_") for name in names) == 3
@@ -185,8 +202,8 @@ class Page(HTMLParser):
 def test_the_report_is_one_page_with_everything(moons):
     text = (moons / "report.html").read_text()
     page = Page(text)
-    # Three epochs, the best checkpoint, the losses; nothing from elsewhere.
-    assert len(page.sources) == 5 == page.tags.count("img")
+    # Four epochs, the best checkpoint, the losses; nothing from elsewhere.
+    assert len(page.sources) == 6 == page.tags.count("img")
     assert all(source.startswith("data:image/") for source in page.sources)
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
     summary = json.loads((moons / "summary.json").read_text())
