@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 VISION := .venv-vision
 
-.PHONY: setup train test vision-test lint format notebooks bench stress fashion-mnist
+.PHONY: setup train test vision-test lint format notebooks docs bench stress fashion-mnist
 
 setup: .venv/.stamp
 
@@ -43,6 +43,10 @@ format: setup
 
 notebooks: setup
 	$(BIN)/python -m pytest notebooks $(ARGS)
+
+docs: setup  ## the documentation as a site, without network
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 bench: setup  ## make bench ARGS="--threads 1"; with a GPU: .venv/bin/python -m benchmarks.gpu
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

@@ -128,7 +128,7 @@ class NormalMixture(Density):
         x = torch.arange(xmin, xmax, step, dtype=torch.float64)
         y = torch.arange(ymin, ymax, step, dtype=torch.float64)
         log_p = self.log_prob(torch.cartesian_prod(x, y))
-        return -(log_p.exp() * log_p).sum().item() * step**2
+        return float(-(log_p.exp() * log_p).sum().item() * step**2)
 
     @cached_property
     def extent(self) -> tuple[float, float, float, float]:

@@ -1,7 +1,18 @@
 """Normalizing flows built on exact rotations parametrized by angles."""
 
-from flows import diagnostics, distributions, givens, householder, nets, optim, recipes, transforms
-from flows.flow import Flow, load
+from flows import (
+    diagnostics,
+    distributions,
+    export,
+    givens,
+    householder,
+    interop,
+    nets,
+    optim,
+    recipes,
+    transforms,
+)
+from flows.flow import Flow, load, save
 from flows.objectives import (
     bits_per_dim,
     effective_sample_size,
@@ -80,15 +91,18 @@ __all__ = [
     "distributions",
     "effective_sample_size",
     "elbo",
+    "export",
     "givens",
     "householder",
     "importance_sample",
+    "interop",
     "iwae",
     "load",
     "nets",
     "optim",
     "orthogonal",
     "recipes",
+    "save",
     "selbo",
     "siwae",
     "transforms",

@@ -1,6 +1,7 @@
 """What is taken from a checkpoint, which may be damaged or come from a stranger."""
 
 import importlib
+import json
 import math
 import pickletools
 import struct
@@ -10,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +21,13 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-__all__ = ["build", "find_checkpoint", "read_checkpoint"]
+__all__ = [
+    "build",
+    "find_checkpoint",
+    "read_checkpoint",
+    "read_safetensors",
+    "write_safetensors",
+]
 
 # What a flow may hold beside the weights in its file: buffers that are not saved, say.
 SPARE = 2**22
@@ -32,6 +40,8 @@ MOST_LEVELS = 2**16
 NODES, DEPTH = 10_000, 50
 # The part of a checkpoint that is no tensor: 100 bytes and 25 operations for each.
 PICKLE, OPERATIONS = 2**24, 2_000_000
+# Of a file of weights alone the header, 100 bytes for each tensor, and in it the description.
+HEADER, DESCRIPTION = 2**23, 2**20
 REBUILD = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
 ORDERED = "collections OrderedDict"
 
@@ -77,6 +87,65 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is no training checkpoint: it holds no state_dict.")
     return checkpoint
+
+
+def write_safetensors(weights: Mapping[str, Tensor], config: Any, path: Path) -> None:
+    """Weights, and the description of their flow unless it is None, as a safetensors file."""
+    metadata = {"format": "pt"}
+    if config is not None:
+        try:
+            metadata["flow_config"] = json.dumps(config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"config must be nested {{class_path, init_args}}: {error}."
+            ) from None
+    # Layers may share tensors, which the format does not know.
+    copies = {name: value.detach().clone().contiguous() for name, value in weights.items()}
+    _import_safetensors().save_file(copies, path, metadata)
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """As :func:`read_checkpoint`: state_dict and, where the file has one, flow_config.
+
+    The format holds numbers alone, and its reader checks their sizes; what is checked here is
+    how much there is beside them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not readable.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of weights, found no file {path}.")
+    reader = _import_safetensors()
+    try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > HEADER:
+            raise ValueError(f"it holds {header} bytes beside its tensors")
+        with reader.safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get("flow_config")
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        if text is not None and len(text) > DESCRIPTION:
+            raise ValueError(f"its description of the flow has {len(text)} characters")
+        config = None if text is None else json.loads(text)
+    except PermissionError:
+        raise
+    except Exception as error:  # the readers raise almost anything
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{path} is not a readable safetensors file (truncated, or something else): {reason}"
+        ) from None
+    return {"state_dict": weights, "flow_config": config}
+
+
+def _import_safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError(
+            "safetensors files need the safetensors package: pip install 'givens-flows[export]'"
+        ) from None
+    return safetensors.torch
 
 
 def _check_archive(path: Path) -> None:

@@ -61,9 +61,9 @@ class Distribution(nn.Module):
                 f"inputs must be (batch, {', '.join(map(str, self.shape))}), "
                 f"got {tuple(inputs.shape)}."
             )
-        if context is not None and len(context) != len(inputs):
+        if context is not None and context.shape[0] != inputs.shape[0]:
             raise ValueError(
-                f"context must have a row per input, got {len(context)} for {len(inputs)}."
+                f"context must have a row per input, got {context.shape[0]} for {inputs.shape[0]}."
             )
         return self.log_density(inputs, context)
 
@@ -76,7 +76,7 @@ class Distribution(nn.Module):
         their standard deviation; 0 gives the centre itself.
         """
         check_at_least(0, num_samples=num_samples, temperature=temperature)
-        rows = (num_samples,) if context is None else (len(context), num_samples)
+        rows = (num_samples,) if context is None else (context.shape[0], num_samples)
         return self.draw(self.anchor.new_empty(*rows, *self.shape), context, temperature)
 
     def extra_repr(self) -> str:

@@ -35,7 +35,7 @@ def from_context(net: nn.Module, context: Tensor | None) -> Tensor:
     """What a net without inputs makes of each row of the context, (rows, outputs)."""
     if context is None:
         raise ValueError("context must have a row per sample, as this law has a net, got None.")
-    return net(context.new_zeros(len(context), 0), context)
+    return net(context.new_zeros(context.shape[0], 0), context)
 
 
 class DiagonalNormal(Distribution):

@@ -104,7 +104,7 @@ class GaussianMixture(Distribution):
         """
         check_at_least(0, num_samples=num_samples)
         means, scales, log_weights = self.mixture(context)
-        rows = () if context is None else (len(context),)
+        rows = () if context is None else (context.shape[0],)
         noise = torch.randn_like(
             self.anchor.expand(*rows, num_samples, self.components, *self.shape)
         )

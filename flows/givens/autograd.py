@@ -68,7 +68,7 @@ def _apply(
 ) -> Tensor:
     if not torch.compiler.is_compiling():
         return _Rotate.apply(x, angles, schedule, inverse, engine)
-    if engine is rounds:
+    if engine is rounds or torch.compiler.is_exporting():
         # The compiler derives a backward pass of its own, and decides itself what to keep.
         return rounds.turn(x, angles, schedule, inverse)
     return _turn(x, angles, schedule.name, inverse, engine.__name__)

@@ -173,7 +173,8 @@ def _chosen(impl: str, angles: Tensor, schedule: Schedule, *, shared: bool) -> s
     """What "auto" stands for, see README.md; anything else is obeyed."""
     if impl != "auto":
         return impl
-    if angles.device.type == "cpu" and HAS_NUMBA:
+    # A program that is exported must run where neither numba nor this library is.
+    if angles.device.type == "cpu" and HAS_NUMBA and not torch.compiler.is_exporting():
         return "compiled"
     products = schedule.name.startswith(("crossing(", "cosine_sine("))
     return "product" if shared and products and schedule.dim >= PRODUCT_FROM else "rounds"

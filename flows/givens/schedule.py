@@ -14,6 +14,7 @@ from weakref import ref
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "Schedule",
@@ -194,9 +195,13 @@ class Schedule:
 
 
 def _outside_of_function_transforms() -> AbstractContextManager:
-    """Tensors made under ``torch.func`` belong to one call, but these are to be kept."""
-    # Torch has no public name for this; the compiler does without.
-    return nullcontext() if torch.compiler.is_compiling() else torch._C._DisableFuncTorch()
+    """Tensors made under ``torch.func`` or in an export belong to it, but these are kept."""
+    # Torch has no public names for these; the compiler does without.
+    if torch.compiler.is_dynamo_compiling():
+        return nullcontext()
+    if torch.compiler.is_exporting():  # where tensors are made without numbers
+        return _disable_current_modes()
+    return torch._C._DisableFuncTorch()
 
 
 # For compiled graphs, which hold no objects.

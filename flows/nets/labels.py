@@ -41,7 +41,11 @@ class OneHot(nn.Module):
             raise ValueError(
                 f"labels must be integers of shape (batch,), got {kind} {tuple(labels.shape)}."
             )
-        if labels.numel() and not (labels.min() >= 0 and labels.max() < self.classes):
+        if torch.compiler.is_exporting():
+            inside = ((labels >= 0) & (labels < self.classes)).all()
+            # A branch on values cannot be exported; this stays in the program as an assertion.
+            torch._assert_async(inside, f"labels must be 0 to {self.classes - 1}.")
+        elif labels.numel() and not (labels.min() >= 0 and labels.max() < self.classes):
             raise ValueError(
                 f"labels must be 0 to {self.classes - 1}, got {labels.min()} to {labels.max()}."
             )

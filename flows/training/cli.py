@@ -10,7 +10,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union
 
 import torch
 import yaml
@@ -110,6 +110,11 @@ class RunCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Of Union[int, float] and Union[float, int] typing keeps the one that any library wrote
+        # first. It decides whether limit_train_batches=1 is one batch or all of them.
+        for action in parser._actions:
+            if getattr(action, "_typehint", None) == Union[int, float, None]:  # noqa: UP007
+                action._typehint = int | float | None
         parser.add_argument(
             "--ckpt_path", type=str | None, help="Checkpoint to resume from, or to test."
         )

@@ -1,5 +1,7 @@
 """Activation normalization."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +69,7 @@ class ActNorm(Transform):
         return self.log_scale.view(shape), self.shift.view(shape)
 
     def _logabsdet(self, inputs: Tensor) -> Tensor:
-        positions = inputs[0, 0].numel() if len(inputs) else 1
+        positions = math.prod(inputs.shape[2:])
         return inputs.new_zeros(inputs.shape[0]) + positions * self.log_scale.sum()
 
     @torch.no_grad()

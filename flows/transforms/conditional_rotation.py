@@ -72,7 +72,7 @@ class ConditionalRotation(NamedAngles, Transform):
         self, inputs: Tensor, context: Tensor | None, *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         check_features(inputs, self.features)
-        angles = self.net(inputs.new_zeros(len(inputs), 0), context)
+        angles = self.net(inputs.new_zeros(inputs.shape[0], 0), context)
         outputs = rotate_features(inputs, angles, self.schedule, inverse=inverse)
         return outputs, inputs.new_zeros(inputs.shape[0])
 

@@ -91,10 +91,10 @@ class ElementwiseSpline(Transform):
         """Broadcasting against (batch, ..., features, parameters of a spline)."""
         if self.net is None:
             return self.raw_knots
-        parameters = self.net(inputs.new_zeros(len(inputs), 0), context)
+        parameters = self.net(inputs.new_zeros(inputs.shape[0], 0), context)
         between = [1] * (inputs.ndim - 2)
         return parameters.reshape(
-            len(inputs), *between, self.features, spline_parameters(self.bins)
+            inputs.shape[0], *between, self.features, spline_parameters(self.bins)
         )
 
     def extra_repr(self) -> str:

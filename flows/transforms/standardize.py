@@ -1,5 +1,7 @@
 """A fixed change of units."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ class Standardize(Transform):
 
     def _log_volume(self, inputs: Tensor) -> Tensor:
         """Sum of log d over all entries of a sample, shape (batch,)."""
-        positions = inputs[0, 0].numel() if len(inputs) else 1
+        positions = math.prod(inputs.shape[2:])
         return (positions * self.deviation.log().sum()).repeat(inputs.shape[0])
 
     @torch.no_grad()

@@ -99,7 +99,7 @@ class SVDLinear(Transform):
 
     def matrix(self, context: Tensor | None = None) -> Tensor:
         """W, shape (features, features); with ``net`` (batch, features, features), W(c)."""
-        rows = 1 if context is None else len(context)
+        rows = 1 if context is None else context.shape[0]
         log_scale, _, *angles = self._parts(self.log_scale.new_zeros(rows, 1), context)
         u, v = self.left.matrix(), self.right.matrix()
         if self.net is None:
@@ -119,7 +119,7 @@ class SVDLinear(Transform):
         if self.net is None:
             given = inputs.new_zeros(1, 2 * self.features)
         else:
-            given = self.net(inputs.new_zeros(len(inputs), 0), context)
+            given = self.net(inputs.new_zeros(inputs.shape[0], 0), context)
         sizes = 2 * [self.features] + 2 * [count_angles(self.schedule)]
         log_scale, shift, left, right = given.split(sizes, dim=1)
         log_scale, shift = self.log_scale + log_scale, self.shift + shift

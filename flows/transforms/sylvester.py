@@ -150,7 +150,7 @@ class Sylvester(OrthogonalBase, Transform):
         """What the parameters mean: one set for all rows, or one per row."""
         raw = self.raw
         if self.net is not None:
-            raw = self.net(inputs.new_zeros(len(inputs), 0), context).to(self.base.dtype)
+            raw = self.net(inputs.new_zeros(inputs.shape[0], 0), context).to(self.base.dtype)
         turns, outer, inner, log_slope, log_inner, bias = raw.split(self.sizes, dim=-1)
         if self.mixing == "householder":
             vectors = self.pairs + turns.unflatten(-1, self.pairs.shape)
@@ -232,7 +232,7 @@ def _root(p: Tensor, c: Tensor) -> Tensor:
     t = torch.where(p > 0, torch.maximum(*starts), torch.minimum(*starts))
     for _ in range(STEPS):
         t = _newton(t, p, size)
-    return torch.copysign(t, c)
+    return torch.where(c < 0, -t, t)
 
 
 def _newton(t: Tensor, p: Tensor, c: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class VariationalDequantize(Transform):
         """Noise through all couplings, and the log-det of the whole."""
         if self.squeeze is not None:
             noise, levels = self.squeeze(noise)[0], self.squeeze(levels)[0]
-        logabsdet = noise.new_zeros(len(noise))
+        logabsdet = noise.new_zeros(noise.shape[0])
         for coupling in self.couplings:
             # A coupling hands its context to its conditioner as it is.
             noise, change = coupling(noise, (levels, context))

@@ -221,6 +221,22 @@ def test_print_config_shows_every_key(capsys):
     assert config["trainer"]["max_epochs"] > 1
 
 
+def test_one_batch_is_one_batch_whatever_was_imported_before():
+    code = (
+        "from typing import Union; Union[float, int, None]; import train; "
+        "train.main(['--trainer.limit_train_batches=1', '--print_config'])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert yaml.safe_load(printed)["trainer"]["limit_train_batches"] == 1
+    assert "limit_train_batches: 1\n" in printed
+
+
 def test_help_fits_a_screen_and_names_commands_and_configs(capsys):
     train.main(["--help"])
     printed = capsys.readouterr().out
