@@ -92,6 +92,12 @@ def densities(
         laws: Title to ``log_prob``, a function of points (n, 2).
         extent: (xmin, xmax, ymin, ymax) of every panel.
         pixels: Points along each side.
+
+    Example:
+        >>> from flows.distributions import Normal
+        >>> normal, unit = Normal(2), (-3.0, 3.0, -3.0, 3.0)
+        >>> len(densities({"normal": normal.log_prob, "again": normal.log_prob}, unit).axes)
+        2
     """
     left, right, bottom, top = extent
     grid = _grid(extent, pixels)
@@ -140,6 +146,11 @@ def cells(
         title: Of the panel.
         inverse: Show the inverse instead.
         across: Cells along each side.
+
+    Example:
+        >>> from flows import Rotation
+        >>> axis = Figure().subplots()
+        >>> cells(axis, Rotation(2, init="haar"), (-1.0, 1.0, -1.0, 1.0), "turned")
     """
     left, right, bottom, top = extent
     # Sides of the unit square, one after the other, fine enough to bend.
@@ -181,6 +192,11 @@ def image_rows(rows: Mapping[str, Tensor], *, grey_levels: int | None = None) ->
     """Images (n, channels, height, width), a row for each label, which stands on its left.
 
     ``grey_levels`` is as in :func:`samples`.
+
+    Example:
+        >>> rows = {"noise": torch.rand(5, 1, 8, 8), "nothing": torch.zeros(3, 1, 8, 8)}
+        >>> len(image_rows(rows).axes)
+        2
     """
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(8, 6.4 / columns * len(rows)), layout="constrained")
@@ -304,6 +320,13 @@ def rounds(axis: Axes, schedule: Schedule, title: str | None = None) -> None:
 
     A plane (i, j) is a bar from wire i to wire j. The planes of one round, on one background,
     turn at once; where their bars would cover each other they stand side by side.
+
+    Example:
+        >>> from flows import givens
+        >>> axis = Figure().subplots()
+        >>> rounds(axis, givens.crossing(8))
+        >>> axis.get_title()
+        'crossing(8): 28 planes in 11 rounds'
     """
     x = 0.0
     for number, planes in enumerate(schedule.rounds):
@@ -331,6 +354,13 @@ def planes(axis: Axes, schedule: Schedule, title: str | None = None) -> None:
 
     Cells left white are planes that do not turn; a number says how often one turns if that is
     more than once, and its shade is that of the first time.
+
+    Example:
+        >>> from flows import givens
+        >>> axis = Figure().subplots()
+        >>> planes(axis, givens.crossing(8).frame(3))
+        >>> axis.get_title()
+        'crossing(8).frame(3): 18 planes'
     """
     n = schedule.dim
     first, times = torch.full((n, n), math.nan), torch.zeros(n, n, dtype=torch.long)
