@@ -133,7 +133,7 @@ def save_onnx(flow: Flow, path: str | Path, context: Tensor | None = None) -> No
         context: As in :func:`sampler`.
 
     Raises:
-        ValueError: As :func:`sampler`.
+        ValueError: As :func:`sampler`, or if a layer does what ONNX has no operator for.
         ImportError: Without the packages onnx and onnxscript.
 
     Example:
@@ -155,16 +155,20 @@ def save_onnx(flow: Flow, path: str | Path, context: Tensor | None = None) -> No
         # Of torch about itself, and about rows of noise and of context being as many.
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
         warnings.filterwarnings("ignore", message=".*The axis name: rows will not be used")
-        torch.onnx.export(
-            module,
-            tuple(examples.values()),
-            Path(path).expanduser(),
-            input_names=list(examples),
-            output_names=["samples"],
-            dynamic_shapes=_free_rows(examples),
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                module,
+                tuple(examples.values()),
+                Path(path).expanduser(),
+                input_names=list(examples),
+                output_names=["samples"],
+                dynamic_shapes=_free_rows(examples),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).split("\n")[0]
+            raise ValueError(f"this flow has no ONNX form: {reason}") from error
 
 
 class _Sampler(nn.Module):

@@ -232,7 +232,7 @@ def _root(p: Tensor, c: Tensor) -> Tensor:
     t = torch.where(p > 0, torch.maximum(*starts), torch.minimum(*starts))
     for _ in range(STEPS):
         t = _newton(t, p, size)
-    return torch.where(c < 0, -t, t)
+    return torch.copysign(t, c)
 
 
 def _newton(t: Tensor, p: Tensor, c: Tensor) -> Tensor:

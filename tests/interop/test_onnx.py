@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from flows import Flow, export
+from flows import Flow, Rotation, Sylvester, export
+from flows.distributions import Normal
 from flows.recipes import (
     GaussianizationFlow,
     Glow,
@@ -78,6 +79,17 @@ def test_what_has_no_sampler_is_refused_and_nothing_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("mixing", "operator"), [("angles", "signbit"), ("householder", "solve_triangular")]
+)
+def test_an_operator_that_onnx_lacks_is_named_and_nothing_written(tmp_path, mixing, operator):
+    flow = Flow(Sylvester(3, rank=2, mixing=mixing), Normal(3))
+    with pytest.raises(ValueError, match=f"this flow has no ONNX form: .*{operator}") as error:
+        export.save_onnx(flow, tmp_path / "x.onnx")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_without_the_packages_one_line_says_what_to_install(tmp_path, monkeypatch, missing):
     real = importlib.util.find_spec
@@ -88,8 +100,6 @@ def test_without_the_packages_one_line_says_what_to_install(tmp_path, monkeypatc
 
 @torch.no_grad()
 def test_a_plain_network_with_a_rotation_needs_torch_alone(tmp_path):
-    from flows import Rotation
-
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
