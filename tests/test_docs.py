@@ -13,9 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
-    *("flows", "flows.diagnostics", "flows.distributions", "flows.givens", "flows.householder"),
-    *("flows.nets", "flows.objectives", "flows.optim", "flows.parametrize", "flows.plots"),
-    *("flows.recipes", "flows.splines", "flows.training", "flows.transforms"),
+    *("flows", "flows.diagnostics", "flows.distributions", "flows.export", "flows.givens"),
+    *("flows.householder", "flows.interop", "flows.nets", "flows.objectives", "flows.optim"),
+    *("flows.parametrize", "flows.plots", "flows.recipes", "flows.splines", "flows.training"),
+    "flows.transforms",
     *("datasets.base", "datasets.densities", "datasets.image_folder", "datasets.images"),
     *("datasets.posteriors", "datasets.tabular", "datasets.toy", "datasets.uci"),
 ]
