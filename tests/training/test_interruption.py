@@ -21,6 +21,7 @@ from flows.training.files import AtomicCheckpointIO, write_atomically
 ROOT = Path(train.__file__).parent
 # Epochs of which a signal meets the middle, with noise that must come back.
 LONG = [
+    "--pictures_every_n_epochs=0",
     "--trainer.max_epochs=2",
     "--trainer.enable_progress_bar=false",
     "--model.flow.init_args.layers=1",
