@@ -52,10 +52,11 @@ def freeze(flow: nn.Module) -> nn.Module:
 
     Example:
         >>> import torch
+        >>> from flows import export
         >>> from flows.recipes import RotationSplineFlow
         >>> flow = RotationSplineFlow(2, layers=1).eval()
         >>> x = torch.randn(3, 2)
-        >>> torch.allclose(freeze(flow).log_prob(x), flow.log_prob(x), atol=1e-5)
+        >>> torch.allclose(export.freeze(flow).log_prob(x), flow.log_prob(x), atol=1e-5)
         True
     """
     frozen = copy.deepcopy(flow)
@@ -77,6 +78,9 @@ def log_prob(flow: nn.Module, inputs: Tensor, context: Tensor | None = None) -> 
         flow: A flow, or another model whose ``forward`` is ``log_prob``.
         inputs: An example, (batch, ...): its shape, dtype and device count.
         context: An example, (batch, ...), for a conditional flow.
+
+    Shape:
+        inputs (batch, ...), context (batch, ...); the program's log_prob (batch,), in nats
 
     Raises:
         ValueError: If the examples hold no rows.
@@ -109,8 +113,13 @@ def sampler(flow: Flow, context: Tensor | None = None) -> ExportedProgram:
         flow: A flow with our base distributions.
         context: An example, (batch, ...), for a conditional flow.
 
+    Shape:
+        noise (batch, ...), as the base distribution makes it, and context (batch, ...) to
+        samples (batch, ...)
+
     Raises:
-        ValueError: If it is no :class:`~flows.Flow`, or the example holds no rows.
+        ValueError: If it is no :class:`~flows.Flow` with one of our base distributions, or the
+            example holds no rows.
         InverseNotAvailable: If a layer has no inverse.
 
     Example:
@@ -131,6 +140,9 @@ def save_onnx(flow: Flow, path: str | Path, context: Tensor | None = None) -> No
         flow: As in :func:`sampler`.
         path: The file to write.
         context: As in :func:`sampler`.
+
+    Shape:
+        As in :func:`sampler`; the file takes any batch.
 
     Raises:
         ValueError: As :func:`sampler`, or if a layer does what ONNX has no operator for.

@@ -37,6 +37,7 @@ def to_normflows(transform: Transform) -> nn.Module:
     Example:
         >>> import torch
         >>> from flows import Rotation
+        >>> from flows.interop import to_normflows
         >>> layer = to_normflows(Rotation(2, init="haar"))
         >>> x, log_det = layer(torch.ones(3, 2))
         >>> torch.allclose(layer.inverse(x)[0], torch.ones(3, 2))
@@ -65,6 +66,7 @@ def from_normflows(layer: nn.Module) -> Transform:
     Example:
         >>> import torch
         >>> from flows import Rotation
+        >>> from flows.interop import from_normflows, to_normflows
         >>> theirs = to_normflows(Rotation(2, init="haar"))  # stands for a layer of normflows
         >>> ours = from_normflows(theirs)
         >>> x = torch.ones(3, 2)
@@ -122,14 +124,20 @@ def to_torch(
         event_dim: Axes of one sample: 1 for vectors, 3 for images.
         context_dim: Axes of one row of context: 1 for vectors, 0 for class labels.
 
+    Shape:
+        inputs (..., *sample) to outputs (..., *sample), log abs det (...), in nats;
+        context (..., *row)
+
     Raises:
-        ValueError: When called, for inputs of fewer axes than ``event_dim``, a context whose
-            leading axes do not fit them, or a transform that changes the shape.
+        ValueError: If ``event_dim`` is less than 1 or ``context_dim`` less than 0; when called,
+            for inputs of fewer axes than ``event_dim``, a context whose leading axes do not fit
+            them, or a transform that changes the shape.
 
     Example:
         >>> import torch
         >>> from torch.distributions import Independent, Normal, TransformedDistribution
         >>> from flows import Rotation
+        >>> from flows.interop import to_torch
         >>> noise = Independent(Normal(torch.zeros(2), torch.tensor([1.0, 3.0])), 1)
         >>> turned = TransformedDistribution(noise, to_torch(Rotation(2, init="haar")).inv)
         >>> turned.log_prob(turned.rsample((5,))).shape
@@ -231,12 +239,17 @@ def to_zuko(transform: Transform, *, event_dim: int = 1, context_dim: int = 1) -
         event_dim: As in :func:`to_torch`.
         context_dim: As in :func:`to_torch`.
 
+    Raises:
+        ValueError: If ``event_dim`` is less than 1 or ``context_dim`` less than 0; what is
+            returned raises as in :func:`to_torch`.
+
     Reference:
         Rozet et al. (2022), Zuko, 10.5281/zenodo.7625672
 
     Example:
         >>> import torch
         >>> from flows import Rotation
+        >>> from flows.interop import to_zuko
         >>> lazy = to_zuko(Rotation(2))
         >>> noise, ladj = lazy(None).call_and_ladj(torch.ones(3, 2))
         >>> ladj
@@ -276,6 +289,7 @@ def from_zuko(lazy: nn.Module) -> Transform:
     Example:
         >>> import torch
         >>> from flows import Rotation
+        >>> from flows.interop import from_zuko, to_zuko
         >>> theirs = to_zuko(Rotation(2, init="haar"))  # stands for a lazy transform of zuko
         >>> ours = from_zuko(theirs)
         >>> x = torch.ones(3, 2)

@@ -51,13 +51,44 @@ class Density(Protocol):
 
 
 def save(figure: Figure, path: str | Path | BinaryIO) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG.
+
+    Args:
+        figure: What to write.
+        path: A file, replaced if it is there, or a binary stream that is open for writing.
+
+    Example:
+        >>> import io
+        >>> from matplotlib.figure import Figure
+        >>> from flows import plots
+        >>> stream = io.BytesIO()
+        >>> plots.save(Figure(), stream)
+        >>> stream.getvalue()[1:4]
+        b'PNG'
+    """
     figure.savefig(path, format="png", dpi=110)
 
 
 @torch.no_grad()
 def density(flow: Flow, truth: Density, *, num_samples: int = 5000, pixels: int = 200) -> Figure:
-    """Data and samples above, true and learned density below, on the same scales."""
+    """Data and samples above, true and learned density below, on the same scales.
+
+    Args:
+        flow: A flow of two features.
+        truth: The law of its data, such as those of :mod:`datasets.densities`: ``sample``,
+            ``log_prob`` and ``extent``, (xmin, xmax, ymin, ymax) of every panel.
+        num_samples: Points of each panel above.
+        pixels: Points along each side of the panels below.
+
+    Example:
+        >>> from datasets.densities import DENSITIES
+        >>> from flows import Flow, Rotation, plots
+        >>> from flows.distributions import Normal
+        >>> flow = Flow(Rotation(2), Normal(2))
+        >>> figure = plots.density(flow, DENSITIES["two_moons"], num_samples=100, pixels=20)
+        >>> [axis.get_title() for axis in figure.axes[:4]]
+        ['data', 'samples', 'true density', 'learned density']
+    """
     left, right, bottom, top = truth.extent
     grid = _grid(truth.extent, pixels)
     reference = next(flow.parameters())
@@ -89,14 +120,19 @@ def densities(
     """Densities in the plane beside one another, on the scale of the first.
 
     Args:
-        laws: Title to ``log_prob``, a function of points (n, 2).
+        laws: Title to ``log_prob``, a function of points.
         extent: (xmin, xmax, ymin, ymax) of every panel.
         pixels: Points along each side.
 
+    Shape:
+        each law: points (n, 2) to log densities (n,), in nats
+
     Example:
+        >>> from flows import plots
         >>> from flows.distributions import Normal
-        >>> normal, unit = Normal(2), (-3.0, 3.0, -3.0, 3.0)
-        >>> len(densities({"normal": normal.log_prob, "again": normal.log_prob}, unit).axes)
+        >>> normal, extent = Normal(2), (-3.0, 3.0, -3.0, 3.0)
+        >>> laws = {"normal": normal.log_prob, "again": normal.log_prob}
+        >>> len(plots.densities(laws, extent, pixels=20).axes)
         2
     """
     left, right, bottom, top = extent
@@ -148,9 +184,13 @@ def cells(
         across: Cells along each side.
 
     Example:
-        >>> from flows import Rotation
+        >>> from matplotlib.figure import Figure
+        >>> from flows import Rotation, plots
         >>> axis = Figure().subplots()
-        >>> cells(axis, Rotation(2, init="haar"), (-1.0, 1.0, -1.0, 1.0), "turned")
+        >>> board = (-1.0, 1.0, -1.0, 1.0)
+        >>> plots.cells(axis, Rotation(2, init="haar"), board, "turned", across=8)
+        >>> len(axis.collections[0].get_paths())
+        64
     """
     left, right, bottom, top = extent
     # Sides of the unit square, one after the other, fine enough to bend.
@@ -175,7 +215,27 @@ def cells(
 
 
 def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> None:
-    """Images (n, channels, height, width) in [0, 1] as a grid with thin gaps."""
+    """Images as a grid, row by row, with thin white gaps.
+
+    Args:
+        axis: What to draw into.
+        images: At least one, grey (one channel) or in colour (three), in [0, 1]; what is
+            outside is clamped.
+        title: Of the panel.
+        columns: Images beside one another.
+
+    Shape:
+        images (n, channels, height, width)
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from flows import plots
+        >>> axis = Figure().subplots()
+        >>> plots.image_grid(axis, torch.zeros(5, 1, 8, 8), "black", columns=3)
+        >>> axis.images[0].get_array().shape  # 2 rows of 3, with a pixel between them
+        (17, 26)
+    """
     rows = -(-len(images) // columns)
     _, channels, height, width = images.shape
     canvas = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
@@ -189,13 +249,20 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
 
 
 def image_rows(rows: Mapping[str, Tensor], *, grey_levels: int | None = None) -> Figure:
-    """Images (n, channels, height, width), a row for each label, which stands on its left.
+    """Images, a row for each label, which stands on its left.
 
-    ``grey_levels`` is as in :func:`samples`.
+    Args:
+        rows: Label to images, as many as there are; shorter rows end in white.
+        grey_levels: As in :func:`samples`.
+
+    Shape:
+        each row (n, channels, height, width)
 
     Example:
+        >>> import torch
+        >>> from flows import plots
         >>> rows = {"noise": torch.rand(5, 1, 8, 8), "nothing": torch.zeros(3, 1, 8, 8)}
-        >>> len(image_rows(rows).axes)
+        >>> len(plots.image_rows(rows).axes)
         2
     """
     columns = max(map(len, rows.values()))
@@ -221,8 +288,22 @@ def samples(
 ) -> Figure:
     """Samples, beside real data if given: images as grids, two-dimensional vectors as points.
 
-    ``grey_levels`` is L where pixels are the lower edges k / L of bins; ``columns`` is the
-    number of images beside one another.
+    Args:
+        drawn: Samples, at least one.
+        real: Data to show on their left, of the same kind; None for samples alone.
+        grey_levels: L where pixels are the lower edges k / L of bins, so that the brightest,
+            (L - 1) / L, is shown white; None where 1 is white.
+        columns: Images beside one another.
+
+    Shape:
+        drawn and real (n, channels, height, width) in [0, 1], or (n, 2)
+
+    Example:
+        >>> import torch
+        >>> from flows import plots
+        >>> figure = plots.samples(torch.randn(100, 2), torch.randn(500, 2))
+        >>> [axis.get_title() for axis in figure.axes]
+        ['data', 'samples']
     """
     panels = {"samples": drawn} if real is None else {"data": real, "samples": drawn}
     figure = Figure(figsize=(4.5 * len(panels), 4.8), layout="constrained")
@@ -238,7 +319,27 @@ def samples(
 
 
 def points(axis: Axes, values: Tensor, title: str) -> None:
-    """Two-dimensional points, shape (n, 2)."""
+    """Points in the plane, larger where they are few.
+
+    Both axes have one scale, unless one column is at least five times as wide as the other.
+
+    Args:
+        axis: What to draw into.
+        values: The points, at least one.
+        title: Of the panel.
+
+    Shape:
+        values (n, 2)
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from flows import plots
+        >>> axis = Figure().subplots()
+        >>> plots.points(axis, torch.randn(100, 2), "normal")
+        >>> axis.collections[0].get_offsets().shape
+        (100, 2)
+    """
     x, y = values.cpu().numpy().T
     # Few points would be lost at the size that suits thousands.
     size = max(1.5, min(15, 2000 / max(1, len(values))))
@@ -250,7 +351,22 @@ def points(axis: Axes, values: Tensor, title: str) -> None:
 
 
 def clouds(drawn: Tensor, titles: Sequence[str]) -> Figure:
-    """Two-dimensional samples (rows, n, 2), a panel for each row under its title."""
+    """Two-dimensional samples, a panel for each row under its title, four panels abreast.
+
+    Args:
+        drawn: Samples, such as those of a flow for each row of a context.
+        titles: One for each row.
+
+    Shape:
+        drawn (rows, n, 2)
+
+    Example:
+        >>> import torch
+        >>> from flows import plots
+        >>> figure = plots.clouds(torch.randn(3, 50, 2), ["a", "b", "c"])
+        >>> [axis.get_title() for axis in figure.axes]
+        ['a', 'b', 'c']
+    """
     across = min(4, len(drawn))
     down = -(-len(drawn) // across)
     figure = Figure(figsize=(3 * across, 3.2 * down), layout="constrained")
@@ -263,9 +379,24 @@ def clouds(drawn: Tensor, titles: Sequence[str]) -> Figure:
 
 
 def marginals(drawn: Tensor, real: Tensor, names: Sequence[str] | None = None) -> Figure:
-    """Histograms of the first 16 columns of two tables (rows, features), on the same bins.
+    """Histograms of the first 16 columns of two tables, as densities on the same bins.
 
     The bins cover all real values but the two outermost thousandths.
+
+    Args:
+        drawn: Samples, at least one row.
+        real: Data, at least one row.
+        names: Titles of the panels, one for each column; their numbers by default.
+
+    Shape:
+        drawn (n, features), real (m, features)
+
+    Example:
+        >>> import torch
+        >>> from flows import plots
+        >>> figure = plots.marginals(torch.randn(100, 2), torch.randn(50, 2), ["mass", "charge"])
+        >>> [axis.get_title() for axis in figure.axes]
+        ['mass', 'charge']
     """
     shown = min(16, real.shape[1])
     bins = min(40, max(10, round(2 * math.sqrt(len(real)))))
@@ -293,7 +424,20 @@ def marginals(drawn: Tensor, real: Tensor, names: Sequence[str] | None = None) -
 
 
 def history(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss per epoch, training and validation, and the most telling validation metric."""
+    """Loss per epoch, training and validation, and the most telling validation metrics.
+
+    Args:
+        rows: One for each epoch: ``epoch``, counted from 0, and what there is of ``train/nll``,
+            ``val/nll`` and ``val/kl`` in nats and ``val/bits_per_dim`` in bits. The last two
+            have panels of their own; other names are left out.
+
+    Example:
+        >>> from flows import plots
+        >>> rows = [{"epoch": 0, "train/nll": 2.0, "val/nll": 2.1, "val/kl": 0.3},
+        ...         {"epoch": 1, "train/nll": 1.8, "val/nll": 1.9, "val/kl": 0.1}]
+        >>> [axis.get_ylabel() for axis in plots.history(rows).axes]
+        ['negative log-likelihood, nats', 'KL to the truth, nats (validation)']
+    """
     metrics = [name for name in ("val/kl", "val/bits_per_dim") if any(name in row for row in rows)]
     labels = {"val/kl": "KL to the truth, nats", "val/bits_per_dim": "bits per dimension"}
     figure = Figure(figsize=(4.5 * (1 + len(metrics)), 3.4), layout="constrained")
@@ -321,10 +465,16 @@ def rounds(axis: Axes, schedule: Schedule, title: str | None = None) -> None:
     A plane (i, j) is a bar from wire i to wire j. The planes of one round, on one background,
     turn at once; where their bars would cover each other they stand side by side.
 
+    Args:
+        axis: What to draw into.
+        schedule: What to show.
+        title: Of the panel; the schedule and its numbers of planes and rounds by default.
+
     Example:
-        >>> from flows import givens
+        >>> from matplotlib.figure import Figure
+        >>> from flows import givens, plots
         >>> axis = Figure().subplots()
-        >>> rounds(axis, givens.crossing(8))
+        >>> plots.rounds(axis, givens.crossing(8))
         >>> axis.get_title()
         'crossing(8): 28 planes in 11 rounds'
     """
@@ -355,10 +505,16 @@ def planes(axis: Axes, schedule: Schedule, title: str | None = None) -> None:
     Cells left white are planes that do not turn; a number says how often one turns if that is
     more than once, and its shade is that of the first time.
 
+    Args:
+        axis: What to draw into.
+        schedule: What to show.
+        title: Of the panel; the schedule and its number of planes by default.
+
     Example:
-        >>> from flows import givens
+        >>> from matplotlib.figure import Figure
+        >>> from flows import givens, plots
         >>> axis = Figure().subplots()
-        >>> planes(axis, givens.crossing(8).frame(3))
+        >>> plots.planes(axis, givens.crossing(8).frame(3))
         >>> axis.get_title()
         'crossing(8).frame(3): 18 planes'
     """
