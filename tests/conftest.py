@@ -16,6 +16,16 @@ def seeded():
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Runs end without pictures and report, which take longer than a few steps of training."""
+    from flows.training import run
+
+    monkeypatch.setattr(run, "draw", lambda flow, data: ("", None))
+    monkeypatch.setattr(run, "publish", lambda trainer, pictures: None)
+    monkeypatch.setattr(run, "write_report", lambda folder, rows, summary: None)
+
+
+@pytest.fixture
 def zuko():
     """zuko; what its import changes in torch is put back for the other tests."""
     inverse = transforms._InverseTransform

@@ -33,6 +33,12 @@ from flows import givens
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def as_zuko_wants_it(request):
+    if find_spec("zuko"):
+        request.getfixturevalue("zuko")
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Call a script's main with arguments; returns the content of its JSON."""

@@ -18,6 +18,8 @@ import pytest
 
 import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "flows/*/README.md"]
 SHORT = [

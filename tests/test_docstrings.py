@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 import datasets
+import flows
 from flows.transforms import Transform
 
 MODULES = [
@@ -26,6 +27,7 @@ MODULES = [
     "flows.parametrize",
     "flows.plots",
     "flows.recipes",
+    "flows.recipes.mixing",
     "flows.splines",
     "flows.training",
     "flows.transforms",
@@ -128,3 +130,14 @@ def test_its_methods_are_described(value):
         and not inspect.getdoc(getattr(value, name))
     ]
     assert not mute, f"these have no docstring: {mute}."
+
+
+def test_no_example_is_left_out():
+    """Examples below names that no module exports run nowhere."""
+    found = []
+    for module in pkgutil.walk_packages(flows.__path__, "flows."):
+        try:
+            found += doctest.DocTestFinder().find(importlib.import_module(module.name))
+        except ImportError as error:
+            assert error.name in ("numba", "triton"), error
+    assert not [test.name for test in found if test.examples and test.name not in PUBLIC]

@@ -89,7 +89,7 @@ class NGPlus(Preconditioned):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        damping: float = 0.1,
+        damping: float = 1.0,
         curvature_decay: float = 0.1,
         refresh_every: int = 100,
         statistic: Literal["per_sample", "mean_grad"] = "per_sample",

@@ -18,6 +18,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from flows.checkpoint import read_checkpoint
@@ -249,6 +250,10 @@ class RunCLI(LightningCLI):
             self._stop("terminated", 143)
         except (KeyboardInterrupt, SystemExit):
             self._stop("interrupted", 130)
+        finally:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.finish()  # or the next run of this process goes on with it
 
     @property
     def _folder(self) -> Path:

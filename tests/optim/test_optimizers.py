@@ -884,20 +884,20 @@ def test_no_group_can_be_added_later():
 
 @each_optimizer
 @pytest.mark.parametrize(
-    "make_flow, inputs",
+    "make_flow, make_inputs",
     [
-        (lambda: RotationSplineFlow(2, layers=2, hidden_features=16), torch.randn(128, 2)),
-        (lambda: MaskedSplineFlow(3, layers=1, hidden_features=16), torch.randn(128, 3)),
+        (lambda: RotationSplineFlow(2, layers=2, hidden_features=16), lambda: torch.randn(128, 2)),
+        (lambda: MaskedSplineFlow(3, layers=1, hidden_features=16), lambda: torch.randn(128, 3)),
         (
             lambda: Glow((1, 4, 4), grey_levels=4, levels=1, steps=1, hidden_features=8),
-            torch.randint(4, (64, 1, 4, 4)) / 4,
+            lambda: torch.randint(4, (64, 1, 4, 4)) / 4,
         ),
     ],
     ids=["rotations", "masked", "Glow"],
 )
-def test_flows_learn_with_their_defaults(make, make_flow, inputs):
+def test_flows_learn_with_their_defaults(make, make_flow, make_inputs):
     torch.manual_seed(0)
-    flow = make_flow()
+    flow, inputs = make_flow(), make_inputs()
     if inputs.ndim == 2:
         inputs = inputs * 0.1 + inputs.square() * 2
     with torch.no_grad():

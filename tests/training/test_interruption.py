@@ -18,6 +18,8 @@ from benchmarks.stress.crashes import differences
 from flows.training.callbacks import BestAndLast
 from flows.training.files import AtomicCheckpointIO, write_atomically
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(train.__file__).parent
 # Epochs of which a signal meets the middle, with noise that must come back.
 LONG = [

@@ -9,6 +9,8 @@ from flows import Flow, Rotation
 from flows.distributions import Normal
 from flows.training import DensityEstimator
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.max_epochs=30",
