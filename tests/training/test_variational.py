@@ -21,8 +21,6 @@ from flows.training import DensityEstimator
 from flows.training.variational import guarded_bound
 from flows.transforms import Transform
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 ROOT = Path(train.__file__).parent
 CONFIG = f"--config={ROOT / 'configs/toy/two_means.yaml'}"
 SMALL = [
