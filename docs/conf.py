@@ -1,8 +1,13 @@
 """The site: python -m sphinx -W --keep-going -b html docs docs/_build/html, no network needed."""
 
+import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `datasets` is in the checkout alone
 
@@ -52,6 +57,34 @@ nitpick_ignore = [
 ]
 
 
+def public_names():
+    """What names of ours stand for in the code of a page: classes, and functions in full."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("api/flows*.rst"), reverse=True):
+        module = importlib.import_module(path.stem)
+        for name in module.__all__:
+            full, value = f"{path.stem}.{name}", getattr(module, name)
+            if inspect.isclass(value) or path.stem == "flows" and callable(value):
+                found[name] = full
+            if callable(value):
+                found[full] = full
+    return found
+
+
+PUBLIC = public_names()
+
+
+def link_names(app, doctree):
+    """Make `Rotation` on a page a link; read elsewhere the page has plain code there."""
+    for code in list(doctree.findall(nodes.literal)):
+        name = PUBLIC.get(code.astext())
+        if name and isinstance(code.parent, nodes.paragraph):
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": name}
+            link = addnodes.pending_xref("", refdoc=app.env.docname, refwarn=True, **target)
+            code.replace_self(link)
+            link += code
+
+
 def find_public_name(app, env, node, contnode):
     """`flows.elbo` is documented as `flows.objectives.elbo`: link what users import to it."""
     found = getattr(flows, node.get("reftarget", "").removeprefix("flows."), None)
@@ -69,5 +102,6 @@ def keep_stars(app, what, name, obj, options, lines):
 
 
 def setup(app):
+    app.connect("doctree-read", link_names)
     app.connect("missing-reference", find_public_name)
     app.connect("autodoc-process-docstring", keep_stars)
