@@ -125,7 +125,7 @@ def densities(
         pixels: Points along each side.
 
     Shape:
-        each law: points (n, 2) to log densities (n,), in nats
+        each law takes points (n, 2) to log densities (n,), in nats
 
     Example:
         >>> from flows import plots
