@@ -443,11 +443,14 @@ def history(rows: Sequence[Mapping[str, float]]) -> Figure:
     figure = Figure(figsize=(4.5 * (1 + len(metrics)), 3.4), layout="constrained")
     axes = figure.subplots(1, 1 + len(metrics), squeeze=False)[0]
     marker = "o" if len(rows) == 1 else None  # a line needs two epochs
-    for name in ("train/nll", "val/nll"):
+    for color, name in {"C0": "train/nll", "C1": "val/nll"}.items():
         points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
-        axes[0].plot(*zip(*points, strict=True), label=name.split("/")[0], marker=marker)
+        if points:  # a run that maximizes a bound has no train/nll
+            label = name.split("/")[0]
+            axes[0].plot(*zip(*points, strict=True), color, label=label, marker=marker)
     axes[0].set(xlabel="epoch", ylabel="negative log-likelihood, nats")
-    axes[0].legend(frameon=False)
+    if axes[0].lines:
+        axes[0].legend(frameon=False)
     for axis, name in zip(axes[1:], metrics, strict=True):
         points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
         axis.plot(*zip(*points, strict=True), color="C1", marker=marker)

@@ -88,3 +88,9 @@ def test_image_rows_have_their_labels_and_their_white():
     first, second = (axis.images[0].get_array() for axis in figure.axes)
     assert first.shape == second.shape == (3, 5 * 4 - 1)
     assert first.min() == pytest.approx(1) and second[:, :3].max() == 0
+
+
+def test_losses_that_a_run_does_not_have_are_not_in_its_legend():
+    figure = plots.history([{"epoch": 0, "val/nll": 2.0}, {"epoch": 1, "val/nll": 1.0}])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["val"]
+    assert plots.history([{"epoch": 0, "train/selbo": 2.0}]).axes[0].get_legend() is None
