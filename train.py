@@ -14,7 +14,7 @@
   python train.py sample --ckpt_path runs/.../best.ckpt --temperature 0.8
 
 Without a subcommand (fit, list, test, audit, sample) it fits. Each has --help
-of its own; that of fit lists all keys. Experiments in configs/:
+of its own; fit --help lists all keys. Experiments in configs/:
 """
 
 import argparse
@@ -30,7 +30,10 @@ DEFAULT_CONFIG = str(CONFIGS / "toy/two_moons.yaml")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises what argparse would print in many lines."""
+    """Takes whole names only, and raises what argparse would print in many lines."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
@@ -75,7 +78,7 @@ def test(args: list[str]) -> None:
     if cli.trainer.is_global_zero:
         print_metrics(metrics)
         with one_line_errors():
-            print(f"  {cli.write_metrics(metrics)}")
+            print(cli.write_metrics(metrics))
 
 
 def audit(args: list[str]) -> None:

@@ -243,7 +243,7 @@ def _with_fixed_matrices(module: nn.Module | None, done: dict[int, nn.Module]) -
     """The module with its linear layers replaced, in place; shared ones stay shared."""
     if module is None:  # such as a conditioner that is not there
         return None
-    if isinstance(module, LINEAR):
+    if type(module) in LINEAR:  # a subclass may do more
         if id(module) not in done:
             done[id(module)] = _FixedLinear(module)
         return done[id(module)]

@@ -97,7 +97,11 @@ def _given(context: Tensor | None) -> dict[str, Tensor]:
 
 def _fresh(inputs: Tensor, outputs: Tensor, logabsdet: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs and a dense logabsdet (batch,), as nflows adds to it in place."""
-    return outputs, inputs.new_zeros(inputs.shape[0]) + logabsdet
+    if logabsdet.numel() != 1 and logabsdet.shape != inputs.shape[:1]:
+        raise ValueError(
+            f"log_det must be one number or ({inputs.shape[0]},), got {tuple(logabsdet.shape)}."
+        )
+    return outputs, inputs.new_zeros(inputs.shape[0]) + logabsdet.reshape(-1)
 
 
 def to_torch(

@@ -36,6 +36,8 @@ __all__ = [
 
 COLORS = "magma"
 DARK = "#3b0f70"
+# Rows that a histogram looks at.
+MOST = 1_000_000
 FILL = {"data": 0.5, "samples": 1.0}
 
 
@@ -239,7 +241,7 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
     rows = -(-len(images) // columns)
     _, channels, height, width = images.shape
     canvas = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
-    for index, image in enumerate(images.clamp(0, 1).cpu()):
+    for index, image in enumerate(images.detach().clamp(0, 1).cpu()):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         canvas[:, top : top + height, left : left + width] = image
     canvas = canvas.movedim(0, -1).squeeze(-1).numpy()
@@ -340,6 +342,7 @@ def points(axis: Axes, values: Tensor, title: str) -> None:
         >>> axis.collections[0].get_offsets().shape
         (100, 2)
     """
+    values = values.detach()
     x, y = values.cpu().numpy().T
     # Few points would be lost at the size that suits thousands.
     size = max(1.5, min(15, 2000 / max(1, len(values))))
@@ -404,7 +407,8 @@ def marginals(drawn: Tensor, real: Tensor, names: Sequence[str] | None = None) -
     down = -(-shown // across)
     figure = Figure(figsize=(2.6 * across, 2.1 * down + 0.3), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
-    real, drawn = real.cpu().double(), drawn.cpu().double()
+    # Quantiles are of 16 million numbers at most, and a million is plenty.
+    real, drawn = (values[:MOST].detach().cpu().double() for values in (real, drawn))
     for column, axis in enumerate(axes[:shown]):
         low, high = real[:, column].quantile(torch.tensor([0.001, 0.999], dtype=torch.float64))
         edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)

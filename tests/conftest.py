@@ -20,7 +20,7 @@ def undrawn(monkeypatch):
     """Runs end without pictures and report, which take longer than a few steps of training."""
     from flows.training import run
 
-    monkeypatch.setattr(run, "draw", lambda flow, data: ("", None))
+    monkeypatch.setattr(run, "draw_if_possible", lambda flow, data, split: ("", None))
     monkeypatch.setattr(run, "publish", lambda trainer, pictures: None)
     monkeypatch.setattr(run, "write_report", lambda folder, rows, summary: None)
 

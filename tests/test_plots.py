@@ -94,3 +94,9 @@ def test_losses_that_a_run_does_not_have_are_not_in_its_legend():
     figure = plots.history([{"epoch": 0, "val/nll": 2.0}, {"epoch": 1, "val/nll": 1.0}])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["val"]
     assert plots.history([{"epoch": 0, "train/selbo": 2.0}]).axes[0].get_legend() is None
+
+
+def test_samples_with_gradients_are_drawn():
+    plots.samples(torch.randn(5, 2, requires_grad=True))
+    plots.samples(torch.rand(5, 1, 3, 3, requires_grad=True))
+    plots.marginals(torch.randn(5, 3, requires_grad=True), torch.randn(9, 3))

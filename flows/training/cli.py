@@ -29,6 +29,7 @@ from flows.training.configs import check_config
 from flows.training.files import AtomicCheckpointIO, write_atomically
 from flows.training.module import DensityEstimator
 from flows.training.pictures import Pictures
+from flows.training.report import write_report
 from flows.training.resume import (
     barely_begun,
     check_architecture,
@@ -208,7 +209,13 @@ class RunCLI(LightningCLI):
         self.datamodule.setup("fit")
         self.model.initialize(self.datamodule)
         if self.trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=self.beside is not None)
+            except FileExistsError:
+                raise ValueError(
+                    f"{self.folder} is there already: another run began in the same second; "
+                    "start this one again."
+                ) from None
             for partial in self.folder.glob("*.partial"):
                 partial.unlink()  # of a run that was killed while it wrote
             with write_atomically(self.folder / "config.yaml") as file:
@@ -231,7 +238,12 @@ class RunCLI(LightningCLI):
                 experiment=self.experiment,
                 seed=self._seed,
             )
-        except (FloatingPointError, InputOutsideDomain, OSError) as error:
+        except (FloatingPointError, InputOutsideDomain) as error:
+            if self.trainer.is_global_zero:
+                recorder = next(c for c in self.trainer.callbacks if isinstance(c, Recorder))
+                write_report(self._folder, recorder.rows, failure=str(error))
+            self._stop(f"error: {error}", 1)
+        except OSError as error:
             self._stop(f"error: {error}", 1)
         except Interrupted as interruption:
             name = interruption.signal.name
@@ -311,7 +323,7 @@ def one_line_errors() -> Iterator[None]:
         # What jsonargparse says of the alternatives to the type that was meant.
         message = re.sub(r"Does not validate against any .*? Errors: - ", "", message)
         message = re.sub(r"- Expected a path but .*? accessible or invalid - ", "", message)
-        message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
+        message = re.sub(r" - Expected a <class '[\w.]+'>.*", "", message)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -25,7 +25,7 @@ def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         mode: ``"w"`` for UTF-8 text, ``"wb"`` for bytes.
     """
     text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write, too
     try:
         with open(partial, mode, **text) as file:
             yield file

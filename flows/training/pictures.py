@@ -19,8 +19,9 @@ from flows.training.averaging import ParameterAverage
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.report import write_report
+from flows.transforms.base import InverseNotAvailable
 
-__all__ = ["Pictures", "draw", "publish"]
+__all__ = ["Pictures", "draw", "draw_if_possible", "publish"]
 
 # Images in a picture of samples: so many beside one another, for so many classes.
 COLUMNS, ROWS = 8, 16
@@ -51,6 +52,10 @@ class Pictures(Checkpoint):
         self.every_n_epochs = every_n_epochs
         self._seconds = 0.0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recorder.rows and trainer.is_global_zero:
+            write_report(self.recorder.folder, self.recorder.rows)  # it no longer is interrupted
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if self._due(epoch) and epoch != trainer.max_epochs and trainer.is_global_zero:
@@ -65,13 +70,8 @@ class Pictures(Checkpoint):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         folder = self.recorder.folder
-        try:
-            with _evaluated(trainer, pl_module):
-                name, picture = draw(pl_module.flow, trainer.datamodule, split="val")
-        except (RuntimeError, ValueError) as error:
-            # Hours of training are worth more than a picture.
-            rank_zero_warn(f"no picture of epoch {epoch}: {error}")
-            return
+        with _evaluated(trainer, pl_module):
+            name, picture = draw_if_possible(pl_module.flow, trainer.datamodule, "val")
         pictures = {"losses": (plots.history(self.recorder.rows), folder / "history.png")}
         if picture is not None:
             (folder / "pictures").mkdir(exist_ok=True)
@@ -106,6 +106,18 @@ def _evaluated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         module.eval()
         seed(module.device, 0)
         yield
+
+
+def draw_if_possible(
+    flow: nn.Module, data: LightningDataModule, split: str
+) -> tuple[str, Figure | None]:
+    """As :func:`draw`; where that fails no picture and a warning."""
+    try:
+        return draw(flow, data, split=split)
+    except (InverseNotAvailable, RuntimeError, ValueError) as error:
+        # Hours of training are worth more than a picture.
+        rank_zero_warn(f"no picture of what was learned: {str(error) or type(error).__name__}")
+        return "", None
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ import base64
 import html
 import io
 import json
+import shlex
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ h1 { margin: 0; font-size: 1.9rem; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.
   grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
 .number { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
 .number b { display: block; font-size: 1.35rem; font-weight: 600; overflow-wrap: anywhere; }
+.number small { color: var(--soft); font-weight: 400; font-size: .85rem; }
 .number span { color: var(--soft); font-size: .85rem; }
 .number.first { border-color: var(--accent); }
 img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
@@ -68,6 +71,8 @@ def write_report(
     folder: Path,
     rows: Sequence[Mapping[str, float]],
     summary: Mapping[str, Any] | None = None,
+    *,
+    failure: str = "",
 ) -> Path:
     """Write ``folder/report.html``, which needs no other file and no network.
 
@@ -77,9 +82,10 @@ def write_report(
         folder: The run folder.
         rows: Metrics of each epoch, as :class:`~flows.training.Recorder` keeps them.
         summary: What is to stand in summary.json; None while the run goes on.
+        failure: Why the run ended without a summary.
     """
     name = f"{folder.parent.name}, {folder.name}"
-    parts = [f"<h1>{html.escape(folder.parent.name)}</h1>", _state(folder, rows, summary)]
+    parts = [f"<h1>{html.escape(folder.parent.name)}</h1>", _state(folder, rows, summary, failure)]
     parts.append(_numbers(rows, summary or {}))
     parts.append(_film(folder, done=summary is not None and not summary["interrupted"]))
     if rows:
@@ -101,9 +107,14 @@ def write_report(
     return path
 
 
-def _state(folder: Path, rows: Sequence[Mapping], summary: Mapping[str, Any] | None) -> str:
-    if summary is None:
-        state = f"still running after epoch {len(rows)}; open this page again for more"
+def _state(
+    folder: Path, rows: Sequence[Mapping], summary: Mapping[str, Any] | None, failure: str
+) -> str:
+    if failure:
+        state = f"failed after epoch {len(rows)}: {failure.removesuffix('.')}"
+    elif summary is None:
+        now = time.strftime("%Y-%m-%d %H:%M")
+        state = f"still running after epoch {len(rows)}, {now}; open this page again for more"
     elif summary["interrupted"]:
         state = f"interrupted by {summary['stopped_by']}; it can be resumed"
     else:
@@ -116,8 +127,8 @@ def _numbers(rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) ->
     for key, (label, form) in NUMBERS.items():
         if key in summary:
             error = summary.get(f"{key}_error")
-            plus = "" if error is None else f"± {error:.4f} "
-            tiles.append((form.format(summary[key]), plus + label))
+            plus = "" if error is None else f" <small>± {error:.4f}</small>"
+            tiles.append((form.format(summary[key]) + plus, label))
     if not tiles and rows:
         tiles = [(f"{v:.4f}", k) for k, v in rows[-1].items() if k.startswith(("train/", "val/"))]
     first = " first"
@@ -156,11 +167,12 @@ def _details(
     folder: Path, rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any] | None
 ) -> str:
     best = folder / ("best.ckpt" if (folder / "best.ckpt").exists() else "last.ckpt")
+    checkpoint, run = shlex.quote(str(best)), shlex.quote(str(folder))
     commands = (
-        f"python train.py test --ckpt_path {best}\n"
-        f"python train.py sample --ckpt_path {best} --num_samples 64\n"
-        f"python train.py --ckpt_path {folder}    # go on, if it was interrupted\n\n"
-        f'flow = flows.load("{folder}")           # in Python'
+        f"python train.py test --ckpt_path {checkpoint}\n"
+        f"python train.py sample --ckpt_path {checkpoint} --num_samples 64\n"
+        f"python train.py --ckpt_path {run}    # go on, if it was interrupted\n\n"
+        f"flow = flows.load({str(folder)!r})   # in Python"
     )
     texts = {"Config": (folder / "config.yaml").read_text()}
     if summary is not None:

@@ -15,7 +15,7 @@ from flows import plots
 from flows.training.callbacks import Recorder
 from flows.training.files import write_atomically
 from flows.training.module import DensityEstimator
-from flows.training.pictures import draw, publish
+from flows.training.pictures import draw_if_possible, publish
 from flows.training.report import write_report
 from flows.training.sampling import precise
 from flows.training.stopping import Patience
@@ -55,14 +55,16 @@ def finish(
         checkpoint = folder / "last.ckpt"
         trainer.save_checkpoint(checkpoint)
     done = {"stopped_by": _stopped_by(trainer), "wall_seconds": recorder.seconds}
+    rows = recorder.rows
     results = trainer.test(
         model, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False
     )[0]
+    recorder.rows = rows  # the checkpoint that was tested holds those of its own epoch
     if not trainer.is_global_zero:
         return results
     with Console(stderr=True).status("drawing"):
         torch.manual_seed(0)
-        name, picture = draw(precise(model.flow.eval()), data)
+        name, picture = draw_if_possible(precise(model.flow.eval()), data, "test")
         pictures = {name: (picture, folder / f"{name}.png")} if picture is not None else {}
         if recorder.rows:
             pictures["losses"] = (plots.history(recorder.rows), folder / "history.png")

@@ -67,6 +67,12 @@ def write_samples(
     check_at_least(1, num_samples=num_samples)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
+    if output is not None:
+        output = Path(output).expanduser()
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"output must be in a folder that exists, got {output}.")
+        if output.suffix.lower() not in (".png", ".npy", ".csv"):
+            raise ValueError(f"output must end in .png, .npy or .csv, got {output.name}.")
     flow = precise(load(path))
     given = _given(flow, labels, context)
     torch.manual_seed(seed)
@@ -79,17 +85,17 @@ def write_samples(
         rows = rows if context is None else f"-context-{len(context)}"
         name = f"samples-{num_samples}{rows}-temperature-{temperature:g}-seed-{seed}"
         output = folder / f"{name}{'.png' if drawable else '.npy'}"
-    output = Path(output)
     flat = samples if given is None else samples.flatten(0, 1)
     match output.suffix.lower():
         case ".npy":
-            np.save(output, samples.numpy())
+            with open(output, "wb") as file:  # np.save would change the name x.NPY
+                np.save(file, samples.numpy())
         case ".csv":
             fmt = "%.9g" if samples.dtype == torch.float32 else "%.17g"
             with open(output, "w", encoding="utf-8", newline="") as file:
                 columns = read_checkpoint(find_checkpoint(path)).get("columns")
                 if isinstance(columns, list | tuple):
-                    csv.writer(file).writerow(columns)
+                    csv.writer(file, lineterminator="\n").writerow(columns)
                 np.savetxt(file, flat.flatten(1).numpy(), delimiter=",", fmt=fmt)
         case ".png" if drawable:
             plots.save(_picture(flow, samples, labels, given), output)

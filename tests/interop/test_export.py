@@ -267,3 +267,13 @@ def test_a_program_is_a_file_like_any_other():
     with torch.no_grad():
         expected = flow.transform.inverse(noise)[0]
     assert_equal_to_rounding(torch.export.load(buffer).module()(noise), expected)
+
+
+def test_a_layer_that_does_more_than_ours_is_left_as_it_is():
+    class Further(Rotation):
+        def forward(self, inputs, context=None):
+            outputs, logabsdet = super().forward(inputs, context)
+            return outputs + 5, logabsdet
+
+    layer, x = Further(3, init="haar"), torch.randn(4, 3)
+    assert torch.equal(export.freeze(layer)(x)[0], layer(x)[0])

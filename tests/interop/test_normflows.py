@@ -146,3 +146,12 @@ def test_the_adapter_is_the_inverse_transform_for_nflows_layers():
     x = torch.randn(3, FEATURES)
     for mine, theirs in zip(to_normflows(layer)(x), InverseTransform(layer)(x), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_log_det_of_another_shape_is_refused():
+    class Column(nn.Module):
+        def inverse(self, x):
+            return x, x.new_zeros(len(x), 1)
+
+    with pytest.raises(ValueError, match=r"log_det must be one number or \(4,\), got \(4, 1\)"):
+        from_normflows(Column())(torch.ones(4, 2))

@@ -151,7 +151,7 @@ for step in range(1_000_000):
     path = tmp_path / "last.ckpt"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
     wait_for("last.ckpt", tmp_path)
-    wait_for("last.ckpt.partial", tmp_path)
+    wait_for("last.ckpt.*.partial", tmp_path)
     process.kill()
     process.wait()
     values = AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["x"]

@@ -14,11 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from datasets.tabular import Table
-from flows import plots
+from flows import Flow, plots
 from flows.recipes import RotationSplineFlow
 from flows.training import DensityEstimator
 from flows.training.pictures import COLUMNS, Pictures, _beside, _by_class, _evaluated
 from flows.training.report import write_report
+from flows.training.totals import Totals
+from flows.transforms import InverseNotAvailable
 
 ROOT = Path(train.__file__).parent
 SHORT = [
@@ -161,7 +163,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path, monkeypatch
         return real(*args)
 
     monkeypatch.setattr(plots, "density", density)
-    with pytest.warns(UserWarning, match="no picture of epoch 1: no room for points"):
+    with pytest.warns(UserWarning, match="no picture of what was learned: no room for points"):
         folder = fit(tmp_path, "--trainer.max_epochs=2")
     assert not epochs(folder) and (folder / "density.png").exists()
 
@@ -215,13 +217,46 @@ def test_the_report_is_one_page_with_everything(moons):
             assert f"{float(row['val/kl']):.6g}" in page.text
 
 
+def test_the_report_knows_the_epochs_after_the_best(tmp_path, monkeypatch):
+    values = iter([1.0, 2.0, 3.0])  # the first epoch is the best
+    evaluate = DensityEstimator._report
+
+    def report(model, split):
+        if split == "val":
+            model._totals["val"] = Totals()
+            model._totals["val"].add("nll", torch.tensor([next(values)]))
+        evaluate(model, split)
+
+    monkeypatch.setattr(DensityEstimator, "_report", report)
+    folder = fit(tmp_path, "--trainer.max_epochs=3", "--pictures_every_n_epochs=0")
+    page = Page((folder / "report.html").read_text())
+    assert page.tags.count("tr") == 1 + 3 == len((folder / "metrics.csv").read_text().splitlines())
+
+
+def test_the_report_says_why_a_run_failed(tmp_path):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, "--model.lr=1e12", "--model.warmup_steps=0")
+    (path,) = tmp_path.glob("*/*/report.html")
+    assert "training diverged" in Page(path.read_text()).text
+
+
+def test_a_flow_without_an_inverse_ends_its_run_without_a_picture(tmp_path, monkeypatch):
+    def sample(*args, **options):
+        raise InverseNotAvailable()
+
+    monkeypatch.setattr(Flow, "sample", sample)
+    with pytest.warns(UserWarning, match="no picture .* InverseNotAvailable"):
+        folder = fit(tmp_path, "--trainer.max_epochs=1")
+    assert (folder / "summary.json").exists() and (folder / "report.html").exists()
+
+
 def test_the_report_of_a_run_that_goes_on_or_was_interrupted(tmp_path):
     folder = tmp_path / "a<b" / "now"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("name: <script>alert(1)</script>\n")
     rows = [{"epoch": 0, "step": 3, "train/nll": 2.5, "val/nll": 2.25}]
     running = Page(write_report(folder, rows).read_text())
-    assert "still running after epoch 1;" in running.text and "2.2500" in running.text
+    assert "still running after epoch 1, " in running.text and "2.2500" in running.text
     assert running.tags.count("script") == 1 and "<script>alert(1)</script>" in running.text
     summary = {"interrupted": True, "stopped_by": "SIGTERM", "epochs": 1}
     stopped = Page(write_report(folder, rows, summary).read_text())

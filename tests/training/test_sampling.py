@@ -218,3 +218,11 @@ def test_a_mistake_is_one_line(runs, tmp_path, monkeypatch, capsys, run, args, w
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1, printed
     assert words in printed
+
+
+def test_names_of_files_are_taken_as_they_are(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_samples(runs["plain"], 3, output="~/x.NPY") == tmp_path / "x.NPY"
+    assert np.load(tmp_path / "x.NPY").shape == (3, 2)
+    with pytest.raises(ValueError, match="output must be in a folder that exists, got "):
+        write_samples(runs["plain"], 3, output=tmp_path / "none" / "x.npy")
