@@ -27,9 +27,9 @@ h1 { margin: 0; font-size: 1.9rem; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.
 .state { color: var(--soft); margin: .25rem 0 1.5rem; }
 .numbers { display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
-.number { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
+.number { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
 .number b { display: block; font-size: 1.35rem; font-weight: 600; overflow-wrap: anywhere; }
-.number small { color: var(--soft); font-weight: 400; font-size: .85rem; }
+.number small { color: var(--soft); font-weight: 400; font-size: .75rem; white-space: nowrap; }
 .number span { color: var(--soft); font-size: .85rem; }
 .number.first { border-color: var(--accent); }
 img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
