@@ -229,6 +229,9 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
     Shape:
         images (n, channels, height, width)
 
+    Raises:
+        ValueError: If there are neither one nor three channels.
+
     Example:
         >>> import torch
         >>> from matplotlib.figure import Figure
@@ -240,6 +243,8 @@ def image_grid(axis: Axes, images: Tensor, title: str, *, columns: int = 8) -> N
     """
     rows = -(-len(images) // columns)
     _, channels, height, width = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels to be drawn, got {channels}.")
     canvas = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
     for index, image in enumerate(images.detach().clamp(0, 1).cpu()):
         top, left = index // columns * (height + 1), index % columns * (width + 1)

@@ -100,3 +100,8 @@ def test_samples_with_gradients_are_drawn():
     plots.samples(torch.randn(5, 2, requires_grad=True))
     plots.samples(torch.rand(5, 1, 3, 3, requires_grad=True))
     plots.marginals(torch.randn(5, 3, requires_grad=True), torch.randn(9, 3))
+
+
+def test_images_of_two_channels_are_refused():
+    with pytest.raises(ValueError, match="images must have 1 or 3 channels to be drawn, got 2"):
+        plots.samples(torch.rand(5, 2, 3, 3))
